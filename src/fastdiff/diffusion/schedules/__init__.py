@@ -1,0 +1,17 @@
+"""Noise schedules: how much signal and noise there is at a time."""
+
+from .base import NoiseSchedule, rewrap
+from .config import schedule_from_config
+from .continuous import EDMSchedule, FlowSchedule, TrigSchedule
+from .vp import CLEAN_INDEX, VPSchedule
+
+__all__ = [
+    "CLEAN_INDEX",
+    "EDMSchedule",
+    "FlowSchedule",
+    "NoiseSchedule",
+    "TrigSchedule",
+    "VPSchedule",
+    "rewrap",
+    "schedule_from_config",
+]
