@@ -1,0 +1,316 @@
+"""The sampler a student is trained for, once in process (`sample`) and once as a stock diffusers scheduler.
+
+A `SamplerSpec` is the only description of how a student makes a picture: trainers sample with `sample`, exports save
+`SamplerSpec.build_scheduler(...)`, and both give the same picture from the same noise. The saved scheduler needs no
+flag but `num_inference_steps=len(timesteps)`.
+
+The student's first input is the noise z itself, not sigma * z: that is what LCMScheduler and DDIMScheduler feed.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import asdict, dataclass, fields
+from typing import TYPE_CHECKING, Any, Literal, get_args
+
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from diffusers import SchedulerMixin
+
+    from fastdiff.diffusion.prediction import Prediction
+    from fastdiff.diffusion.schedules import NoiseSchedule
+
+SamplerKind = Literal["lcm", "ddim", "flow"]
+
+# LCM's boundary condition: c_skip = s^2 / ((k t)^2 + s^2), with k = `timestep_scaling` (Luo et al., arXiv 2310.04378).
+_SIGMA_DATA = 0.5
+_LCM_GRID = 50
+_FLOW_UNITS = 1000
+_BETA_KEYS = ("num_train_timesteps", "beta_start", "beta_end", "beta_schedule")
+
+
+@dataclass(frozen=True)
+class SamplerSpec:
+    """How a few-step student samples.
+
+    Args:
+        kind: "lcm" predicts x0 and adds fresh noise at every step (LCM, arXiv 2310.04378; DMD2, arXiv 2405.14867);
+            "ddim" is the deterministic jump (DDIM, arXiv 2010.02502); "flow" is Euler on x_t = (1 - t) x0 + t eps.
+        timesteps: strictly decreasing times the network is fed: indices 1..T-1 ("lcm", "ddim") or 1000 t ("flow").
+        guidance_scale: what the user passes to the diffusers pipeline; 0 means one conditional call a step.
+        timestep_scaling: LCM's boundary scaling k; at k = 10 the skip weight is below 1e-5 for every t >= 16.
+        original_inference_steps: fixes LCMScheduler's grid (50 for a student trained on LCM's 50-step grid, so that
+            other step counts stay on it); None takes the trailing grid wherever that gives `timesteps`.
+
+    Raises:
+        ValueError: for an unknown kind, times that do not strictly decrease or are not positive, or a bad number.
+    """
+
+    kind: SamplerKind
+    timesteps: tuple[float, ...]
+    guidance_scale: float = 0.0
+    timestep_scaling: float = 10.0
+    original_inference_steps: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.kind not in get_args(SamplerKind):
+            raise ValueError(f"sampler kind {self.kind!r} is unknown; choose from {get_args(SamplerKind)}.")
+        times = tuple(self.timesteps)
+        if not times or not all(math.isfinite(t) and t > 0 for t in times) or list(times) != sorted(set(times))[::-1]:
+            raise ValueError(f"timesteps {list(times)} must be positive and strictly decreasing, e.g. (999, 499).")
+        if self.kind != "flow":
+            if any(t != int(t) for t in times):
+                raise ValueError(f"timesteps {list(times)} of a {self.kind!r} sampler must be whole indices.")
+            times = tuple(int(t) for t in times)
+        if not (math.isfinite(self.guidance_scale) and self.guidance_scale >= 0):
+            raise ValueError(f"guidance_scale must be a number >= 0 (0 means none), not {self.guidance_scale}.")
+        if not self.timestep_scaling > 0:
+            raise ValueError(f"timestep_scaling must be positive (LCM's is 10), not {self.timestep_scaling}.")
+        if self.original_inference_steps is not None and self.kind != "lcm":
+            raise ValueError(
+                f"original_inference_steps belongs to 'lcm' samplers, not to {self.kind!r}; leave it out."
+            )
+        object.__setattr__(self, "timesteps", times)
+
+    @classmethod
+    def trailing(cls, kind: SamplerKind, steps: int, start: int = 999, guidance_scale: float = 0.0) -> SamplerSpec:
+        """`steps` evenly spaced times ending one interval above clean data: (999, 749, 499, 249) for 4 from 999.
+
+        Stock DDIM jumps by a whole number of indices, so its grid begins at the largest start at or below `start` for
+        which `steps` divides start + 1 (998 for three steps from 999).
+        """
+        if not 1 <= steps <= start:
+            raise ValueError(f"{steps} steps do not fit between index {start} and 0; choose 1..{start} steps.")
+        if kind == "flow":
+            times: tuple[float, ...] = tuple(_FLOW_UNITS * (steps - i) / steps for i in range(steps))
+            return cls(kind, times, guidance_scale)
+        count = start + 1
+        if kind == "ddim":
+            count -= count % steps
+        return cls(kind, tuple(count - 1 - i * count // steps for i in range(steps)), guidance_scale)
+
+    def __len__(self) -> int:
+        """Number of steps, which is the number of network calls of an unguided student."""
+        return len(self.timesteps)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON types; `from_dict` gives the same spec back."""
+        return asdict(self) | {"timesteps": list(self.timesteps)}
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> SamplerSpec:
+        """The spec written by `to_dict`.
+
+        Raises:
+            ValueError: for keys that are not settings of a sampler.
+        """
+        known = {field.name for field in fields(cls)}
+        if unknown := set(values) - known:
+            raise ValueError(f"sampler settings {sorted(unknown)} are unknown; the settings are {sorted(known)}.")
+        if missing := {"kind", "timesteps"} - set(values):
+            raise ValueError(f"sampler settings {sorted(missing)} are missing from {dict(values)}.")
+        return cls(**{**values, "timesteps": tuple(values["timesteps"])})
+
+    def schedule_times(self) -> list[float]:
+        """The times in the units of the `NoiseSchedule`: indices for VP schedules, 0..1 for flow matching."""
+        return [t / _FLOW_UNITS for t in self.timesteps] if self.kind == "flow" else list(self.timesteps)
+
+    def build_scheduler(self, teacher_scheduler_config: Mapping[str, Any], prediction_type: str) -> SchedulerMixin:
+        """A stock scheduler whose saved config gives `timesteps` from `num_inference_steps=len(timesteps)` alone.
+
+        Args:
+            teacher_scheduler_config: config of the teacher's scheduler, of any class (the betas, or the flow shift).
+            prediction_type: what the student's network predicts: "epsilon", "sample", "v_prediction" or "flow".
+
+        Raises:
+            ValueError: when no setting of the stock scheduler gives these times, when the config lacks the betas, or
+                when the prediction type cannot be used with this sampler. The message says what can be had instead.
+        """
+        if (prediction_type == "flow") != (self.kind == "flow"):
+            raise ValueError(
+                f"a {self.kind!r} sampler cannot use prediction type {prediction_type!r}: 'flow' predictions need a "
+                "'flow' sampler, and 'epsilon', 'sample' and 'v_prediction' need 'lcm' or 'ddim'."
+            )
+        if self.kind == "flow":
+            return _flow_scheduler(self, teacher_scheduler_config)
+        betas = _teacher_betas(teacher_scheduler_config)
+        if self.timesteps[0] >= len(betas):
+            raise ValueError(f"timestep {self.timesteps[0]} is not on the teacher's table of {len(betas)} steps.")
+        alpha_squared = torch.cumprod(1 - betas, 0)[self.timesteps[0]]
+        if prediction_type == "epsilon" and alpha_squared <= 1e-10:
+            raise ValueError(
+                f"at timestep {self.timesteps[0]} this schedule has no signal (zero terminal SNR), where x0 cannot be "
+                "had from 'epsilon'; use prediction type 'v_prediction' or 'sample', or start below it."
+            )
+        search = _lcm_scheduler if self.kind == "lcm" else _ddim_scheduler
+        for steps in (len(betas), self.timesteps[0] + 1):
+            common = _vp_config(teacher_scheduler_config, betas, steps) | {"prediction_type": prediction_type}
+            if (scheduler := search(self, common)) is not None:
+                return scheduler
+        forced = self.original_inference_steps
+        fixed = f" with original_inference_steps={forced}" if forced else ""
+        near = list(SamplerSpec.trailing(self.kind, len(self), self.timesteps[0]).timesteps)
+        raise ValueError(
+            f"no stock {self.kind.upper()} scheduler config{fixed} gives the timesteps {list(self.timesteps)} from "
+            f"num_inference_steps={len(self)} alone. The nearest evenly spaced grid that can be saved is {near}; "
+            "train on that one, so that the exported student needs no flag."
+        )
+
+
+def advance(
+    spec: SamplerSpec, step: int, prediction: Prediction, noise: Tensor | None, schedule: NoiseSchedule
+) -> Tensor:
+    """State after step number `step`, in the dtype of x_t; after the last step the clean sample.
+
+    `noise` (the shape of x) is read by the "lcm" kind only, and not at the last step. Differentiable.
+    """
+    x0 = _boundary(spec, step, prediction)
+    if step == len(spec) - 1:
+        return x0
+    t_next = _batch_time(spec.schedule_times()[step + 1], prediction.x_t)
+    alpha, sigma = (_broadcast(value, x0) for value in (schedule.alpha(t_next), schedule.sigma(t_next)))
+    if spec.kind == "lcm":
+        if noise is None:
+            raise ValueError(
+                f"step {step} of an 'lcm' sampler needs noise of shape {tuple(x0.shape)}; none was given."
+            )
+        direction = noise
+    else:
+        direction = prediction.eps
+    return (alpha * x0 + sigma * direction).to(prediction.x_t.dtype)
+
+
+def sample(
+    spec: SamplerSpec,
+    predict: Callable[[Tensor, Tensor], Prediction],
+    noise: Tensor,
+    step_noise: Callable[[int], Tensor],
+    schedule: NoiseSchedule,
+) -> Tensor:
+    """The student's sample from `noise`, equal to the stock scheduler's of `spec.build_scheduler`.
+
+    Args:
+        spec: the sampler.
+        predict: (x_t, t) -> Prediction, with t of shape (batch,) in the units of `schedule`.
+        noise: standard normal z of shape (batch, ...), fed to the network as it is.
+        step_noise: k -> fresh normal noise for the move from time k to time k + 1 (k = 0 .. steps - 2); "lcm" only.
+        schedule: the noise schedule the student was trained with.
+
+    Returns:
+        The clean sample, shape and dtype of `noise`.
+    """
+    x = noise
+    for step, time in enumerate(spec.schedule_times()):
+        prediction = predict(x, _batch_time(time, x))
+        fresh = step_noise(step) if spec.kind == "lcm" and step < len(spec) - 1 else None
+        x = advance(spec, step, prediction, fresh, schedule)
+    return x
+
+
+def _boundary(spec: SamplerSpec, step: int, prediction: Prediction) -> Tensor:
+    """x0, mixed with x_t by LCM's boundary weights where the stock scheduler does so."""
+    if spec.kind != "lcm":
+        return prediction.x0.to(prediction.x_t.dtype)
+    scaled = spec.timesteps[step] * spec.timestep_scaling
+    square = scaled**2 + _SIGMA_DATA**2
+    mixed = (scaled / square**0.5) * prediction.x0 + (_SIGMA_DATA**2 / square) * prediction.x_t
+    return mixed.to(prediction.x_t.dtype)
+
+
+def _batch_time(time: float, x: Tensor) -> Tensor:
+    dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
+    return torch.full((x.shape[0],), time, dtype=dtype, device=x.device)
+
+
+def _broadcast(value: Tensor, x: Tensor) -> Tensor:
+    return value.reshape(-1, *[1] * (x.dim() - 1))
+
+
+def _teacher_betas(config: Mapping[str, Any]) -> Tensor:
+    """Float32 betas exactly as diffusers computes them, whatever class the config was saved by."""
+    from diffusers import DDPMScheduler
+
+    if config.get("trained_betas") is None and (missing := [key for key in _BETA_KEYS if key not in config]):
+        raise ValueError(
+            f"the teacher's scheduler config ({config.get('_class_name', 'no class')}) lacks {missing}; pass the "
+            "content of its scheduler_config.json, as saved by save_pretrained."
+        )
+    keys = (*_BETA_KEYS, "trained_betas", "rescale_betas_zero_snr")
+    return DDPMScheduler(**{key: config[key] for key in keys if config.get(key) is not None}).betas
+
+
+def _vp_config(config: Mapping[str, Any], betas: Tensor, steps: int) -> dict[str, Any]:
+    """Scheduler settings for the first `steps` betas; a shorter table lets the grid begin below the last index.
+
+    The loaded scheduler recomputes the same float32 products, since JSON keeps float32 values exactly.
+    """
+    plain = config.get("trained_betas") is None and not config.get("rescale_betas_zero_snr")
+    if steps == len(betas) and plain and config["beta_schedule"] in ("linear", "scaled_linear", "squaredcos_cap_v2"):
+        table = {key: config[key] for key in _BETA_KEYS}
+    else:
+        table = {"num_train_timesteps": steps, "trained_betas": betas[:steps].tolist()}
+        table |= {key: config[key] for key in _BETA_KEYS[1:3] if key in config}
+    # steps_offset=1 is what Stable Diffusion pipelines demand at load; neither grid below reads it.
+    return table | {"clip_sample": False, "set_alpha_to_one": True, "steps_offset": 1, "timestep_spacing": "trailing"}
+
+
+def _lcm_scheduler(spec: SamplerSpec, common: dict[str, Any]) -> SchedulerMixin | None:
+    from diffusers import LCMScheduler
+
+    search = LCMScheduler(**common)
+    for grid in _lcm_grids(spec, common["num_train_timesteps"]):
+        search.set_timesteps(len(spec), original_inference_steps=grid)
+        if search.timesteps.tolist() == list(spec.timesteps):
+            return LCMScheduler(**common, original_inference_steps=grid, timestep_scaling=spec.timestep_scaling)
+    return None
+
+
+def _lcm_grids(spec: SamplerSpec, train_steps: int) -> Iterator[int]:
+    """Settings of original_inference_steps, best first: the full table serves every step count, then LCM's own 50."""
+    if spec.original_inference_steps is not None:
+        if len(spec) <= spec.original_inference_steps <= train_steps:
+            yield spec.original_inference_steps
+        return
+    if train_steps >= len(spec):
+        yield train_steps
+    if len(spec) <= _LCM_GRID <= train_steps:
+        yield _LCM_GRID
+    yield from range(train_steps - 1, len(spec) - 1, -1)
+
+
+def _ddim_scheduler(spec: SamplerSpec, common: dict[str, Any]) -> SchedulerMixin | None:
+    from diffusers import DDIMScheduler
+
+    scheduler = DDIMScheduler(**common)
+    if len(spec) > common["num_train_timesteps"]:
+        return None
+    scheduler.set_timesteps(len(spec))
+    times = scheduler.timesteps.tolist()
+    # Stock DDIM lands on t - T // n, not on the next time of its list: both must agree, or it is another sampler.
+    jump = common["num_train_timesteps"] // len(spec)
+    landed = [t - jump for t in times]
+    return scheduler if times == list(spec.timesteps) and landed[:-1] == times[1:] and landed[-1] < 0 else None
+
+
+def _flow_scheduler(spec: SamplerSpec, config: Mapping[str, Any]) -> SchedulerMixin:
+    from diffusers import FlowMatchEulerDiscreteScheduler
+
+    settings = {"num_train_timesteps": _FLOW_UNITS, "shift": config.get("shift", 1.0)}
+    choices = [settings]
+    if len(spec) > 1:
+        # The stock grid ends near 0; `shift_terminal` stretches it so that it ends at the last trained time.
+        end = {"shift_terminal": spec.timesteps[-1] / _FLOW_UNITS}
+        choices += [settings | end, settings | {"shift": 1.0} | end]
+    for choice in choices:
+        scheduler = FlowMatchEulerDiscreteScheduler(**choice)
+        scheduler.set_timesteps(len(spec))
+        if torch.allclose(scheduler.timesteps, torch.tensor(spec.timesteps, dtype=torch.float32), rtol=0, atol=1e-3):
+            return scheduler
+    raise ValueError(
+        f"no FlowMatchEulerDiscreteScheduler config gives the timesteps {list(spec.timesteps)} from "
+        f"num_inference_steps={len(spec)} alone; with shift 1 an evenly spaced grid can be saved, e.g. "
+        f"{list(SamplerSpec.trailing('flow', len(spec)).timesteps)}."
+    )
