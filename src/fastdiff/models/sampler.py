@@ -92,6 +92,17 @@ class SamplerSpec:
             count -= count % steps
         return cls(kind, tuple(count - 1 - i * count // steps for i in range(steps)), guidance_scale)
 
+    @classmethod
+    def lcm_grid(
+        cls, steps: int, grid: int = _LCM_GRID, train_steps: int = 1000, timestep_scaling: float = 10.0
+    ) -> SamplerSpec:
+        """`steps` times of LCM's own grid of `grid` times: (999, 759, 499, 259) for 4 of 50 (arXiv 2310.04378)."""
+        if not 1 <= steps <= grid <= train_steps:
+            raise ValueError(f"need 1 <= steps <= grid <= {train_steps}, got {steps} steps on a grid of {grid} times.")
+        skip = train_steps // grid
+        times = tuple((grid - i * grid // steps) * skip - 1 for i in range(steps))
+        return cls("lcm", times, timestep_scaling=timestep_scaling, original_inference_steps=grid)
+
     def __len__(self) -> int:
         """Number of steps, which is the number of network calls of an unguided student."""
         return len(self.timesteps)
@@ -171,7 +182,7 @@ def advance(
     if step == len(spec) - 1:
         return x0
     t_next = _batch_time(spec.schedule_times()[step + 1], prediction.x_t)
-    alpha, sigma = (_broadcast(value, x0) for value in (schedule.alpha(t_next), schedule.sigma(t_next)))
+    alpha, sigma = schedule.levels(t_next, x0)
     if spec.kind == "lcm":
         if noise is None:
             raise ValueError(
@@ -223,10 +234,6 @@ def _boundary(spec: SamplerSpec, step: int, prediction: Prediction) -> Tensor:
 def _batch_time(time: float, x: Tensor) -> Tensor:
     dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
     return torch.full((x.shape[0],), time, dtype=dtype, device=x.device)
-
-
-def _broadcast(value: Tensor, x: Tensor) -> Tensor:
-    return value.reshape(-1, *[1] * (x.dim() - 1))
 
 
 def _teacher_betas(config: Mapping[str, Any]) -> Tensor:
