@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-__all__ = ["as_times", "broadcast_to", "compute_dtype"]
+__all__ = ["DeviceTable", "as_times", "broadcast_to", "compute_dtype"]
 
 
 def compute_dtype(*tensors: Tensor) -> torch.dtype:
@@ -43,3 +43,23 @@ def broadcast_to(coefficient: Tensor, x: Tensor) -> Tensor:
             "scalar, one value a sample (B,), or one a frame ((B, F) or (B, 1, F)), matching the leading axes"
         )
     return coefficient.reshape(*shape, *(1,) * (x.dim() - len(shape)))
+
+
+class DeviceTable:
+    """A constant kept on the host, copied once to each device and precision it is used in."""
+
+    def __init__(self, host: Tensor) -> None:
+        self.host = host.detach().cpu()
+        self._copies: dict[tuple[torch.device, torch.dtype], Tensor] = {}
+
+    def on(self, device: torch.device, dtype: torch.dtype | None = None) -> Tensor:
+        """The constant on ``device``, in ``dtype`` (its own by default)."""
+        key = (device, self.host.dtype if dtype is None else dtype)
+        if key not in self._copies:
+            with torch.inference_mode(False):  # a copy first made while sampling must serve training later
+                self._copies[key] = self.host.to(device=key[0], dtype=key[1])
+        return self._copies[key]
+
+    def like(self, tensor: Tensor) -> Tensor:
+        """The constant on the device of ``tensor``, in the precision that ``tensor`` is computed in."""
+        return self.on(tensor.device, compute_dtype(tensor))

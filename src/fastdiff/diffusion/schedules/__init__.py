@@ -1,6 +1,6 @@
 """Noise schedules: how much signal and noise there is at a time."""
 
-from .base import NoiseSchedule, rewrap
+from .base import NoiseSchedule, Terminal, rewrap
 from .config import schedule_from_config
 from .continuous import EDMSchedule, FlowSchedule, TrigSchedule
 from .vp import CLEAN_INDEX, VPSchedule
@@ -10,6 +10,7 @@ __all__ = [
     "EDMSchedule",
     "FlowSchedule",
     "NoiseSchedule",
+    "Terminal",
     "TrigSchedule",
     "VPSchedule",
     "rewrap",

@@ -3,13 +3,25 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from enum import Enum
 
 import torch
 from torch import Tensor
 
 from ..tensors import as_times, broadcast_to, compute_dtype
 
-__all__ = ["NoiseSchedule", "rewrap"]
+__all__ = ["NoiseSchedule", "Terminal", "rewrap"]
+
+
+class Terminal(Enum):
+    """Where a trajectory ends; one choice, shared by a trainer and the sampler its student is meant for.
+
+    A table of betas is not clean at its index 0 (Stable Diffusion: sigma = 0.029). diffusers' ``set_alpha_to_one``
+    makes the same choice: False is ``INDEX0``, True is ``CLEAN``.
+    """
+
+    INDEX0 = "index0"  # the cleanest time a network may be called at, the schedule's t_min
+    CLEAN = "clean"  # no noise at all: alpha = 1, sigma = 0
 
 
 class NoiseSchedule(ABC):
@@ -51,8 +63,12 @@ class NoiseSchedule(ABC):
         """Noise-to-signal ratio sigma/alpha, strictly increasing; infinite where there is no signal."""
         return self.sigma(t) / self.alpha(t)
 
-    def levels(self, t: Tensor | float, x: Tensor) -> tuple[Tensor, Tensor]:
+    def levels(self, t: Tensor | float | Terminal, x: Tensor) -> tuple[Tensor, Tensor]:
         """(alpha, sigma) at ``t``, shaped to multiply ``x``, in the precision ``x`` is computed in."""
+        if t is Terminal.CLEAN:
+            return as_times(1.0, x), as_times(0.0, x)
+        if t is Terminal.INDEX0:
+            t = self.t_min
         times = as_times(t, x)
         return broadcast_to(self.alpha(times), x), broadcast_to(self.sigma(times), x)
 
@@ -61,7 +77,7 @@ class NoiseSchedule(ABC):
         alpha, sigma = self.levels(t, x0)
         return (alpha * x0 + sigma * eps).to(x0.dtype)
 
-    def transition(self, x_s: Tensor, s: Tensor | float, t: Tensor | float, eps: Tensor) -> Tensor:
+    def transition(self, x_s: Tensor, s: Tensor | float | Terminal, t: Tensor | float, eps: Tensor) -> Tensor:
         """Sample the forward kernel from ``s`` to a noisier ``t`` (elementwise ``t >= s``), in the dtype of ``x_s``.
 
         ``x_t = r x_s + sqrt(sigma_t^2 - r^2 sigma_s^2) eps`` with ``r = alpha_t/alpha_s``, which keeps the marginals

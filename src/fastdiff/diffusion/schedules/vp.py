@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from ..tensors import as_times
+from ..tensors import DeviceTable, as_times
 from .base import NoiseSchedule
 from .betas import alphas_cumprod_from_config
 
@@ -45,8 +45,7 @@ class VPSchedule(NoiseSchedule):
         if self.zero_terminal_snr:
             log_kappa[-1] = log_kappa[-2]  # keeps the logarithmic branch finite where the linear one is selected
         slope = log_kappa.diff()
-        self._host_tables = torch.stack([alpha, sigma, torch.cat([slope, slope[-1:]]), log_kappa])
-        self._tables: dict[tuple[torch.device, torch.dtype], Tensor] = {}
+        self._tables = DeviceTable(torch.stack([alpha, sigma, torch.cat([slope, slope[-1:]]), log_kappa]))
         self._first_sigma = sigma[0].item()
         self._last_alpha = alpha[-2].item()  # where the piece that ends without signal begins
 
@@ -89,7 +88,7 @@ class VPSchedule(NoiseSchedule):
 
     def time_of_kappa(self, kappa: Tensor | float) -> Tensor:
         kappa = as_times(kappa)
-        log_kappa = self._table(kappa)[3]
+        log_kappa = self._tables.like(kappa)[3]
         last = log_kappa.numel() - (2 if self.zero_terminal_snr else 1)
         wanted = kappa.log().clamp(log_kappa[0], log_kappa[last])
         right = torch.searchsorted(log_kappa[: last + 1], wanted.detach()).clamp(1, last)
@@ -103,7 +102,7 @@ class VPSchedule(NoiseSchedule):
     def _state(self, times: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """(alpha, sigma, d ln kappa / dt) at floating ``times``."""
         knot = times.detach().floor().clamp(0, self.t_max)
-        alpha_k, sigma_k, rate, _ = self._table(times)[:, knot.long()]
+        alpha_k, sigma_k, rate, _ = self._tables.like(times)[:, knot.long()]
         growth = ((times - knot) * rate).exp()
         scale = (alpha_k * alpha_k + (sigma_k * growth) ** 2).rsqrt()
         alpha, sigma = alpha_k * scale, sigma_k * growth * scale
@@ -118,13 +117,6 @@ class VPSchedule(NoiseSchedule):
             alpha = torch.where(tail, above, alpha)
             sigma = torch.where(tail, (1 - above * above).sqrt(), sigma)
         return alpha, sigma, rate
-
-    def _table(self, like: Tensor) -> Tensor:
-        """The float64 tables in the precision and on the device of ``like``, copied once for each."""
-        key = (like.device, like.dtype)
-        if key not in self._tables:
-            self._tables[key] = self._host_tables.to(device=like.device, dtype=like.dtype)
-        return self._tables[key]
 
 
 def _check(table: Tensor) -> None:
