@@ -1,0 +1,64 @@
+"""Writing aside, then renaming: a reader never sees half a file or half a folder."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+
+@contextlib.contextmanager
+def whole_folder(target: Path) -> Iterator[Path]:
+    """Yields a folder to fill; it takes the place of `target` only once it is complete and on disk."""
+    aside = target.with_name(f".{target.name}.partial")
+    shutil.rmtree(aside, ignore_errors=True)
+    aside.mkdir(parents=True)
+    try:
+        yield aside
+    except BaseException:
+        shutil.rmtree(aside, ignore_errors=True)
+        raise
+    for path in aside.rglob("*"):
+        if path.is_file():
+            _sync(path)
+    if target.exists():
+        shutil.rmtree(target)
+    os.replace(aside, target)
+    _sync(target.parent)
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Writes JSON aside and renames it."""
+    aside = path.with_name(f".{path.name}.partial")
+    aside.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
+    os.replace(aside, path)
+
+
+def _sync(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def writable_folder(path: Path) -> Path:
+    """Creates a folder and proves that it can be written.
+
+    Raises:
+        OSError: naming the folder and the remedy.
+    """
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        probe = path / ".fastdiff-write-test"
+        probe.write_bytes(b"0")
+        probe.unlink()
+    except OSError as error:
+        raise OSError(
+            f"output folder {path} cannot be written ({error.strerror}). Give another --output_dir."
+        ) from error
+    return path

@@ -1,0 +1,49 @@
+"""What weights, gradients and optimizer states will cost, before the first step."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from fastdiff.engine.networks import Networks
+from fastdiff.engine.optimizers import GroupOptimizer
+
+
+@dataclass(frozen=True)
+class StateMemory:
+    """Bytes a process holds between steps; activations come on top."""
+
+    frozen: int
+    trained: int
+    gradients: int
+    optimizer: int
+
+    @property
+    def total(self) -> int:
+        return self.frozen + self.trained + self.gradients + self.optimizer
+
+    def __str__(self) -> str:
+        parts = (
+            f"{name} {_gibibytes(getattr(self, name))}" for name in ("frozen", "trained", "gradients", "optimizer")
+        )
+        return f"memory before activations: {_gibibytes(self.total)} ({', '.join(parts)})"
+
+
+def state_memory(networks: Networks, optimizers: Mapping[str, GroupOptimizer]) -> StateMemory:
+    """Counts the tensors of a run; Adam keeps two values of the parameter's type, 8-bit Adam one byte each."""
+    trained = [parameter for optimizer in optimizers.values() for parameter in optimizer.parameters]
+    known = {id(parameter) for parameter in trained}
+    frozen = [parameter for parameter in networks.roles.base.parameters() if id(parameter) not in known]
+    eight_bit = any("8bit" in type(optimizer.optimizer).__name__ for optimizer in optimizers.values())
+    states = 2 * (sum(parameter.numel() for parameter in trained) if eight_bit else _bytes(trained))
+    return StateMemory(_bytes(frozen), _bytes(trained), _bytes(trained), states)
+
+
+def _bytes(tensors: Iterable[Tensor]) -> int:
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+
+
+def _gibibytes(count: int) -> str:
+    return f"{count / 2**30:.3f} GiB"

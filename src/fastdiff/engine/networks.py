@@ -1,0 +1,102 @@
+"""Builds the networks of a run: roles on one base, the denoiser, discriminator heads."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from fastdiff.engine.settings import RoleKind, Settings
+from fastdiff.methods import Method
+from fastdiff.models.denoiser import Denoiser
+from fastdiff.models.roles import AdapterSpec, FullSpec, Roles
+from fastdiff.models.teacher import TeacherLike
+
+
+@dataclass(frozen=True)
+class Networks:
+    """The denoiser over all roles, and the trainable modules beside it."""
+
+    denoiser: Denoiser
+    modules: dict[str, nn.Module]
+
+    @property
+    def roles(self) -> Roles:
+        return self.denoiser.roles
+
+    def parameters(self, group: str) -> list[nn.Parameter]:
+        """The parameters of a role or module."""
+        return list(self.modules[group].parameters()) if group in self.modules else self.roles.parameters(group)
+
+
+def build_networks(method: Method, teacher: TeacherLike, settings: Settings) -> Networks:
+    """Roles as adapters or full modules, as the settings say and the method allows.
+
+    The same seed gives the same initial weights on every process.
+
+    Raises:
+        ValueError: if the method cannot train the wanted kind of student on this teacher.
+    """
+    if settings.student not in method.info.student_kinds:
+        raise ValueError(
+            f"method {method.info.name} cannot train a {settings.student} student: only {method.info.student_kinds}"
+        )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(settings.seed)
+        roles = Roles(teacher.network, _specs(method, teacher, settings), settings.gradient_checkpointing)
+        denoiser = Denoiser(
+            roles,
+            teacher.family,
+            teacher.schedule,
+            teacher.prediction_type,
+            torch.bfloat16 if settings.mixed_precision == "bf16" else _weight_dtype(teacher.network),
+            one_call=not settings.split_roles,
+        )
+        modules = {name: module.to(_device(teacher.network)) for name, module in method.modules(denoiser).items()}
+    return Networks(denoiser, modules)
+
+
+def _specs(method: Method, teacher: TeacherLike, settings: Settings) -> dict[str, AdapterSpec | FullSpec]:
+    specs = {}
+    for group in method.groups():
+        if group == "student":
+            specs[group] = _student_spec(method, teacher, settings)
+        elif group in method.critics:
+            rank = settings.fake_score_lora_rank or settings.lora_rank
+            specs[group] = _spec(settings.fake_score, rank, teacher, settings)
+    for target in method.targets():
+        # An adapter's target is the live adapter: an average of low-rank factors is not the average of products.
+        if isinstance(specs[target.source], FullSpec):
+            specs[target.role] = FullSpec(copy.deepcopy(specs[target.source].module))
+    return specs
+
+
+def _student_spec(method: Method, teacher: TeacherLike, settings: Settings) -> AdapterSpec | FullSpec:
+    widened = method.student_network(teacher.network)
+    if widened is None:
+        return _spec(settings.student, settings.lora_rank, teacher, settings)
+    if settings.student == "lora":
+        raise ValueError(
+            f"{method.info.name} with a guidance embedding gives the network a new input, which a LoRA cannot carry: "
+            "train a full student, or fix guidance_scale"
+        )
+    return FullSpec(widened)
+
+
+def _spec(kind: RoleKind, rank: int, teacher: TeacherLike, settings: Settings) -> AdapterSpec | FullSpec:
+    if not teacher.adaptable and kind == "lora":
+        raise ValueError("this teacher is a closed form and takes no adapters: set student and fake_score to 'full'")
+    if kind == "lora":
+        targets = settings.lora_target_modules or teacher.family.lora_targets
+        return AdapterSpec(rank, settings.lora_alpha or rank, tuple(targets))
+    return FullSpec(teacher.new_network())
+
+
+def _device(network: nn.Module) -> torch.device:
+    return next(iter(network.state_dict().values())).device
+
+
+def _weight_dtype(network: nn.Module) -> torch.dtype:
+    return next(iter(network.state_dict().values())).dtype

@@ -1,0 +1,88 @@
+"""Everything a run can be told that is not the method's own; flag names follow diffusers' training scripts."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+RoleKind = Literal["lora", "full"]
+
+
+def setting(default: Any, help: str) -> Any:
+    """A dataclass field with the help text that `--help` prints."""
+    if isinstance(default, (list, dict)):
+        return field(default_factory=lambda: type(default)(default), metadata={"help": help})
+    return field(default=default, metadata={"help": help})
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Settings of the training loop.
+
+    Raises:
+        ValueError: naming the first setting that is out of range.
+    """
+
+    output_dir: str = setting("runs/distilled", "run folder: recipe, checkpoints, logs, previews, student, report")
+    seed: int = setting(0, "seed of everything random; the same seed gives the same student")
+    resolution: int | None = setting(None, "image side in pixels; the teacher's own if not given")
+    max_train_steps: int = setting(1000, "steps; for two-time-scale methods every step updates the fake score")
+    train_batch_size: int = setting(16, "samples a process and micro-batch")
+    gradient_accumulation_steps: int = setting(1, "micro-batches a step")
+
+    student: RoleKind = setting("lora", "train low-rank adapters on the teacher, or a full copy")
+    fake_score: RoleKind = setting("lora", "the same choice for the fake score and other critics")
+    lora_rank: int = setting(64, "rank of the student's adapter")
+    lora_alpha: float | None = setting(None, "alpha of all adapters; the rank if not given")
+    fake_score_lora_rank: int | None = setting(None, "rank of the critics' adapters; the student's if not given")
+    lora_target_modules: tuple[str, ...] | None = setting(
+        None, "module names to adapt; the family's list if not given"
+    )
+
+    learning_rate: float = setting(1e-4, "student's learning rate (1e-4 suits LoRA, 1e-6 to 1e-5 full students)")
+    lr_scheduler: str = setting("constant_with_warmup", "any schedule of diffusers.optimization.get_scheduler")
+    lr_warmup_steps: int = setting(0, "optimizer steps of warm-up")
+    adam_beta1: float = setting(0.9, "Adam beta 1")
+    adam_beta2: float = setting(0.999, "Adam beta 2")
+    adam_weight_decay: float = setting(1e-2, "decoupled weight decay")
+    adam_epsilon: float = setting(1e-8, "Adam epsilon")
+    use_8bit_adam: bool = setting(False, "optimizer states in 8 bits (needs bitsandbytes)")
+    max_grad_norm: float = setting(10.0, "gradient clipping norm of each group")
+    ema_decay: float | None = setting(None, "decay of the evaluated average of the student; none if not given")
+
+    mixed_precision: Literal["no", "bf16"] = setting("no", "compute type; trained weights stay float32")
+    gradient_checkpointing: bool = setting(False, "recompute activations in backward: slower, much less memory")
+    split_roles: bool = setting(False, "evaluate teacher and critics one after the other: less memory, more calls")
+    allow_tf32: bool = setting(False, "TF32 matrix products on Ampere and newer")
+
+    checkpointing_steps: int = setting(500, "steps between checkpoints")
+    checkpoints_total_limit: int | None = setting(2, "how many checkpoints are kept besides the best one")
+    resume_from_checkpoint: str | None = setting(None, "'latest' or a checkpoint folder")
+    validation_prompts: tuple[str, ...] = setting((), "prompts of the previews; some of the data's if not given")
+    validation_steps: int = setting(200, "steps between previews and validations")
+    report_to: str = setting("tensorboard", "tracker: tensorboard, wandb, trackio ... or none")
+    tracker_project_name: str = setting("fastdiff", "project name at the tracker")
+    log_every: int = setting(10, "steps between reads of the metrics, the only host synchronisation")
+    dataloader_num_workers: int = setting(0, "loader processes")
+
+    def __post_init__(self) -> None:
+        for name in _POSITIVE:
+            _check(name, getattr(self, name), "a positive finite number", lambda value: 0 < value < float("inf"))
+        for name in _NOT_NEGATIVE:
+            _check(name, getattr(self, name), "a finite number of at least 0", lambda value: 0 <= value < float("inf"))
+        for name in _FRACTIONS:
+            _check(name, getattr(self, name), "in [0, 1)", lambda value: value is None or 0 <= value < 1)
+
+
+_POSITIVE = (
+    *("train_batch_size", "gradient_accumulation_steps", "lora_rank", "learning_rate", "adam_epsilon"),
+    *("max_grad_norm", "checkpointing_steps", "validation_steps", "log_every"),
+)
+_NOT_NEGATIVE = ("max_train_steps", "lr_warmup_steps", "adam_weight_decay", "seed", "dataloader_num_workers")
+_FRACTIONS = ("adam_beta1", "adam_beta2", "ema_decay")
+
+
+def _check(name: str, value: Any, expected: str, accept: Callable[[Any], bool]) -> None:
+    if not accept(value):
+        raise ValueError(f"{name} must be {expected}, got {value}")

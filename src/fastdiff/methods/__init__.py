@@ -1,0 +1,33 @@
+"""All distillation methods. A new method adds its file, its tests, its recipe and one line to `METHODS`."""
+
+from __future__ import annotations
+
+import difflib
+
+from fastdiff.methods.base import Batch, Context, Group, Method, MethodInfo, TargetNetwork, Update
+from fastdiff.methods.dmd2 import DMD2, DMD2Config
+from fastdiff.methods.lcm import LCM, LCMConfig
+
+METHODS: tuple[type[Method], ...] = (DMD2, LCM)
+
+
+def method_named(name: str) -> type[Method]:
+    """The method class called `name`.
+
+    Raises:
+        ValueError: if there is none; the message names the nearest.
+    """
+    for method in METHODS:
+        if method.info.name == name:
+            return method
+    names = [method.info.name for method in METHODS]
+    near = difflib.get_close_matches(name, names, n=1)
+    hint = f" Did you mean {near[0]!r}?" if near else ""
+    raise ValueError(f"unknown method {name!r}; known: {', '.join(names)}.{hint}")
+
+
+__all__ = [
+    *("METHODS", "method_named"),
+    *("Batch", "Context", "Group", "Method", "MethodInfo", "TargetNetwork", "Update"),
+    *("DMD2", "DMD2Config", "LCM", "LCMConfig"),
+]

@@ -1,0 +1,185 @@
+"""What a distillation method is: a few losses over named roles, in an order that is data.
+
+A method knows no optimizer, no device, no process group and no loop. The engine runs every update's loss over the
+micro-batches of a step, calls backward at once and steps the optimizers of the groups the update trains.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, Literal
+
+import torch
+from torch import Tensor, nn
+
+from fastdiff.diffusion.randomness import Randomness
+from fastdiff.models.conditioning import Conditioning
+from fastdiff.models.denoiser import Denoiser
+from fastdiff.models.sampler import SamplerSpec
+
+Need = Literal["prompts", "images", "pairs"]
+StudentKind = Literal["lora", "full"]
+
+
+@dataclass(frozen=True)
+class MethodInfo:
+    """What `fastdiff methods` prints."""
+
+    name: str
+    title: str
+    family: str
+    paper: str
+    arxiv: str
+    needs: tuple[Need, ...]
+    student_kinds: tuple[StudentKind, ...]
+    steps: str
+    status: str = "tested on the embedded teacher"
+
+
+@dataclass(frozen=True)
+class Batch:
+    """One micro-batch.
+
+    Args:
+        indices: `(B,)` int64, global sample positions; randomness is drawn from them.
+        cond: conditioning, `B` rows.
+        null: the unconditional row.
+        latent_shape: `(C, H, W)`.
+        latents: clean latents `(B, C, H, W)` when the data has images.
+        extra: further tensors of the data, e.g. pairs.
+    """
+
+    indices: Tensor
+    cond: Conditioning
+    null: Conditioning
+    latent_shape: tuple[int, int, int]
+    latents: Tensor | None = None
+    extra: Mapping[str, Tensor] = field(default_factory=dict)
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def images(self) -> Tensor:
+        """The clean latents.
+
+        Raises:
+            ValueError: if the data set has prompts only.
+        """
+        if self.latents is None:
+            raise ValueError("this method trains on images, but the data holds prompts only. Give --train_data_dir.")
+        return self.latents
+
+
+@dataclass
+class Context:
+    """What a loss may use besides its batch."""
+
+    denoiser: Denoiser
+    step: int
+    random: Randomness
+    modules: Mapping[str, nn.Module]
+    store: dict[str, Any]
+    """Passes what two updates of one step share, e.g. the student's sample; one store a micro-batch."""
+    log: Callable[[str, Tensor], None]
+    global_mean: Callable[[Tensor], Tensor] = lambda value: value
+
+
+Loss = Callable[[Batch, Context], Mapping[str, Tensor]]
+
+
+@dataclass(frozen=True)
+class Update:
+    """One optimizer step: `loss` returns named terms that are summed; `trains` names the groups that step."""
+
+    name: str
+    loss: Loss
+    trains: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Group:
+    """Optimizer settings of a trainable role or module; `None` inherits the run's setting."""
+
+    learning_rate: float | None = None
+    betas: tuple[float, float] | None = None
+
+
+@dataclass(frozen=True)
+class TargetNetwork:
+    """A role that follows another as an exponential moving average inside training (not for evaluation)."""
+
+    role: str
+    source: str
+    decay: float
+
+
+class Method(ABC):
+    """Base of all methods. Subclasses set `info` and `Config`, and wire the shared objects.
+
+    Args:
+        config: an instance of the subclass's `Config`.
+    """
+
+    info: ClassVar[MethodInfo]
+    Config: ClassVar[type]
+    critics: ClassVar[tuple[str, ...]] = ()
+    """Roles besides the student that start as the teacher and are trained, e.g. the fake score."""
+
+    def __init__(self, config: Any) -> None:
+        self.config = config
+
+    @abstractmethod
+    def groups(self) -> dict[str, Group]:
+        """Trainable roles and modules by name; `student` is always one of them."""
+
+    @abstractmethod
+    def updates(self, step: int) -> Iterable[Update]:
+        """The updates of one step, in order."""
+
+    @abstractmethod
+    def sampler(self) -> SamplerSpec:
+        """How the student is to be sampled; previews, evaluation and export all use this one."""
+
+    def modules(self, denoiser: Denoiser) -> dict[str, nn.Module]:
+        """Trainable modules that are not denoisers, e.g. discriminator heads."""
+        return {}
+
+    def student_network(self, network: nn.Module) -> nn.Module | None:
+        """The student's network when it needs inputs the teacher lacks, made from a copy of the teacher; else None."""
+        return None
+
+    def sampling_inputs(self, denoiser: Denoiser, batch_size: int, device: torch.device) -> dict[str, Tensor]:
+        """Extra network inputs of the student when it is sampled, e.g. a guidance embedding."""
+        return {}
+
+    def targets(self) -> tuple[TargetNetwork, ...]:
+        """Roles that follow others inside training."""
+        return ()
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """What the method remembers between steps, besides weights."""
+        return {}
+
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        """Restores `state_dict()`."""
+
+
+def check_positive(**values: float) -> None:
+    """Refuses zero, negative and non-finite hyperparameters by name."""
+    for name, value in values.items():
+        if not (value > 0 and value < float("inf")):
+            raise ValueError(f"{name} must be a positive finite number, got {value}")
+
+
+def check_not_negative(**values: float) -> None:
+    """Refuses negative and non-finite hyperparameters by name."""
+    for name, value in values.items():
+        if not (value >= 0 and value < float("inf")):
+            raise ValueError(f"{name} must be a finite number of at least 0, got {value}")
+
+
+def times(value: float | int, like: Tensor) -> Tensor:
+    """One schedule time for every sample of `like`, `(B,)` float32, made without touching the host."""
+    return torch.full((len(like),), float(value), device=like.device)

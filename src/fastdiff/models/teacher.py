@@ -1,0 +1,202 @@
+"""A diffusers pipeline seen as denoiser, conditioner, codec and noise schedule."""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from fastdiff.diffusion.prediction import PredictionKind
+from fastdiff.diffusion.schedules import NoiseSchedule, schedule_from_config
+from fastdiff.models.codec import Codec
+from fastdiff.models.conditioning import Conditioning
+from fastdiff.models.families import Family, family_of
+
+EMBEDDED = "embedded"
+ASSETS = Path(__file__).resolve().parents[1] / "assets"
+
+
+class TeacherLike(Protocol):
+    """What a run needs of its teacher; `Teacher` and `AnalyticTeacher` offer it."""
+
+    family: Family
+    network: nn.Module
+    schedule: NoiseSchedule
+    prediction_type: PredictionKind
+    adaptable: bool
+    default_resolution: int
+
+    def encode(self, prompts: Sequence[str], resolution: int) -> Conditioning: ...
+
+    def null(self, resolution: int) -> Conditioning: ...
+
+    def latent_shape(self, resolution: int) -> tuple[int, int, int]: ...
+
+    def encode_images(self, images: Tensor, noise: Tensor | None = None) -> Tensor: ...
+
+    def decode(self, latents: Tensor) -> Tensor: ...
+
+    def new_network(self) -> nn.Module: ...
+
+    def identity(self) -> dict[str, str | None]: ...
+
+
+class Teacher:
+    """The model that is distilled.
+
+    Args:
+        pipeline: a diffusers text-to-image pipeline of a supported family.
+        source: where it came from; a folder, a Hub id or `embedded`.
+        revision: the Hub revision, if any.
+
+    Raises:
+        ValueError: if the pipeline class or its scheduler is not supported.
+    """
+
+    adaptable = True
+
+    def __init__(self, pipeline: Any, source: str = "", revision: str | None = None) -> None:
+        self.pipeline = pipeline
+        self.source = source
+        self.revision = revision
+        self.family = family_of(type(pipeline).__name__)
+        self.network: nn.Module = getattr(pipeline, self.family.network_name).requires_grad_(False).eval()
+        self.schedule = schedule_from_config(pipeline.scheduler.config)
+        self.prediction_type = _prediction_type(pipeline.scheduler.config)
+        self.codec = Codec(pipeline.vae)
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        source: str | Path,
+        *,
+        revision: str | None = None,
+        variant: str | None = None,
+        cache_dir: str | None = None,
+        config: str | None = None,
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | str = "cpu",
+    ) -> Teacher:
+        """Loads a pipeline folder, a `.safetensors` single file, a Hub id, or `embedded` (the teacher shipped here).
+
+        Args:
+            source: what to load.
+            revision, variant, cache_dir: as in `DiffusionPipeline.from_pretrained`.
+            config: local folder with the configs of a single-file checkpoint, needed offline.
+            dtype: storage of all frozen weights.
+            device: where to put them.
+
+        Raises:
+            FileNotFoundError: if a local-looking path does not exist or is not a pipeline.
+            ValueError: if weights are pickled or the pipeline class is not supported.
+        """
+        source = str(source)
+        path = ASSETS / "teacher" if source == EMBEDDED else Path(source)
+        _refuse_bad_path(source, path)
+        target = str(path) if path.exists() else source
+        pipeline = _load(target, revision, variant, cache_dir, config, dtype)
+        pipeline.set_progress_bar_config(disable=True)
+        return cls(pipeline.to(device), source, revision)
+
+    @torch.no_grad()
+    def encode(self, prompts: Sequence[str], resolution: int) -> Conditioning:
+        """Conditioning of `B` prompts."""
+        return self.family.encode_prompts(self.pipeline, prompts, resolution)
+
+    @torch.no_grad()
+    def null(self, resolution: int) -> Conditioning:
+        """The unconditional row of this teacher."""
+        return self.family.null(self.pipeline, resolution)
+
+    @property
+    def default_resolution(self) -> int:
+        """Pixels of the size the network was trained at."""
+        return self.network.config.sample_size * self.codec.factor
+
+    def latent_shape(self, resolution: int) -> tuple[int, int, int]:
+        """Shape `(C, H, W)` of one latent.
+
+        Raises:
+            ValueError: if the resolution is not a multiple of the codec's factor.
+        """
+        factor = self.codec.factor
+        if resolution < factor or resolution % factor:
+            raise ValueError(
+                f"--resolution must be a positive multiple of {factor} for this teacher, got {resolution}"
+            )
+        return (self.codec.channels, resolution // factor, resolution // factor)
+
+    def encode_images(self, images: Tensor, noise: Tensor | None = None) -> Tensor:
+        """Images in [-1, 1] to latents."""
+        return self.codec.encode(images, noise)
+
+    def decode(self, latents: Tensor) -> Tensor:
+        """Latents to images in [-1, 1]."""
+        return self.codec.decode(latents)
+
+    def new_network(self) -> nn.Module:
+        """A copy of the teacher's network with the same weights, for full students and critics."""
+        return copy.deepcopy(self.network)
+
+    def identity(self) -> dict[str, str | None]:
+        """What a checkpoint or cache stores to recognise this teacher again: source, revision, weights' fingerprint."""
+        return {"source": self.source, "revision": self.revision, "fingerprint": fingerprint(self.network)}
+
+
+def fingerprint(network: nn.Module) -> str:
+    """A short hash over config, names, shapes and a slice of every weight: equal weights hash equal in any dtype."""
+    digest = hashlib.sha256(json.dumps(dict(network.config), sort_keys=True, default=str).encode())
+    for name, tensor in network.state_dict().items():
+        if "lora_" in name:
+            continue
+        digest.update(f"{name.replace('base_layer.', '')}{tuple(tensor.shape)}".encode())
+        digest.update(tensor.flatten()[:16].to(torch.bfloat16).float().cpu().numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
+def _prediction_type(config: Mapping[str, Any]) -> str:
+    if str(config.get("_class_name", "")).startswith("FlowMatch"):
+        return "flow"
+    return config.get("prediction_type", "epsilon")
+
+
+def _refuse_bad_path(source: str, path: Path) -> None:
+    if path.suffix in (".ckpt", ".pt", ".pth", ".bin"):
+        raise ValueError(f"{source}: pickled weights are not loaded. Convert the file to .safetensors first.")
+    if path.is_dir() and not (path / "model_index.json").is_file():
+        raise FileNotFoundError(
+            f"{source}: this folder holds no model_index.json, so it is not a diffusers pipeline. "
+            "Give the folder that pipeline.save_pretrained wrote, not its unet/ subfolder."
+        )
+    looks_local = source.startswith((".", "/", "~")) or source.count("/") > 1 or path.suffix == ".safetensors"
+    if looks_local and not path.exists():
+        raise FileNotFoundError(
+            f"teacher {source!r} does not exist. Give a pipeline folder, a .safetensors file, or a Hub id."
+        )
+
+
+def _load(target: str, revision: str | None, variant: str | None, cache_dir: str | None, config: str | None, dtype):
+    from diffusers import DiffusionPipeline, StableDiffusionPipeline, StableDiffusionXLPipeline
+
+    if target.endswith(".safetensors"):
+        from safetensors import safe_open
+
+        with safe_open(target, "pt") as weights:
+            is_xl = any(name.startswith("conditioner.embedders.1") for name in weights.keys())
+        single = StableDiffusionXLPipeline if is_xl else StableDiffusionPipeline
+        return single.from_single_file(target, config=config, torch_dtype=dtype, local_files_only=config is not None)
+    settings = {"revision": revision, "variant": variant, "cache_dir": cache_dir, "torch_dtype": dtype}
+    try:
+        return DiffusionPipeline.from_pretrained(target, use_safetensors=True, **settings)
+    except OSError as error:
+        if ".bin" in str(error) or "safetensors" in str(error):
+            raise ValueError(
+                f"{target}: no .safetensors weights found; pickled weights are not loaded. ({error})"
+            ) from error
+        raise FileNotFoundError(f"teacher {target!r} could not be loaded: {error}") from error
