@@ -8,11 +8,12 @@ import torch
 from torch import Tensor
 
 from .schedules import NoiseSchedule
-from .tensors import DeviceTable, broadcast_to, compute_dtype
+from .tensors import DeviceTable, compute_dtype
 
 __all__ = ["NULL_LABEL", "KernelTeacher"]
 
 NULL_LABEL = -1  # the label that stands for no condition
+_CHUNK = 1 << 24  # differences held at once (64 MB), so that thousands of samples can be assigned to modes
 
 
 class KernelTeacher:
@@ -105,8 +106,14 @@ class KernelTeacher:
 
     def _squared_distances(self, flat: Tensor, alpha: Tensor | float) -> Tensor:
         """(B, N) of |x - alpha x_i|^2, from differences: expanding the square would cancel at low noise."""
-        scale = broadcast_to(alpha, flat)[..., None] if isinstance(alpha, Tensor) else alpha
-        return (flat[:, None, :] - scale * self._modes.like(flat)).square().sum(-1)
+        modes = self._modes.like(flat)
+        scale = torch.as_tensor(alpha, dtype=flat.dtype).expand(len(flat), 1)
+        rows = max(1, _CHUNK // modes.numel())
+        parts = [
+            (x[:, None, :] - a[:, :, None] * modes).square().sum(-1)
+            for x, a in zip(flat.split(rows), scale.split(rows))
+        ]
+        return torch.cat(parts)
 
     def _excluded(self, labels: Tensor | None, like: Tensor) -> Tensor:
         """(B, N), or (1, N) without labels: True for modes outside a sample's group."""
