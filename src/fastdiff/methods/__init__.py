@@ -27,7 +27,17 @@ def method_named(name: str) -> type[Method]:
 
 
 __all__ = [
-    *("METHODS", "method_named"),
-    *("Batch", "Context", "Group", "Method", "MethodInfo", "TargetNetwork", "Update"),
-    *("DMD2", "DMD2Config", "LCM", "LCMConfig"),
+    "LCM",
+    "METHODS",
+    "DMD2",
+    "Batch",
+    "Context",
+    "DMD2Config",
+    "Group",
+    "LCMConfig",
+    "Method",
+    "MethodInfo",
+    "TargetNetwork",
+    "Update",
+    "method_named",
 ]

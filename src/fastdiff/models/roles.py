@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import functools
+import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -242,4 +243,4 @@ def row_blocks(sizes: Sequence[int]) -> list[slice]:
     edges = [0]
     for size in sizes:
         edges.append(edges[-1] + size)
-    return [slice(start, stop) for start, stop in zip(edges, edges[1:])]
+    return [slice(start, stop) for start, stop in itertools.pairwise(edges)]
