@@ -1,0 +1,289 @@
+"""Loads exported files in a fresh stock pipeline and compares them with the network that is being trained.
+
+A partial load is an error here: module counts, diffusers' own warnings, the network's output and a whole sample are
+all checked, since each of them alone misses a way in which LoRA files go wrong silently.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import re
+import warnings
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from fastdiff.diffusion.prediction import Prediction
+from fastdiff.diffusion.schedules import NoiseSchedule
+from fastdiff.export.lora import count_modules
+from fastdiff.models.conditioning import Conditioning
+from fastdiff.models.families import Family
+from fastdiff.models.roles import adapter_layers
+from fastdiff.models.sampler import SamplerSpec, sample
+
+if TYPE_CHECKING:
+    from diffusers import DiffusionPipeline, SchedulerMixin
+
+TOLERANCE = 1e-5
+_BAD_WARNING = re.compile(
+    r"unexpected key|missing key|not used when init|newly initialized|not expected by|unsupported key"
+    r"|will be ignored|load report|no lora keys associated to \S+ found with the prefix='(?:unet|transformer)'",
+    re.IGNORECASE,
+)
+
+
+class LoadBackError(RuntimeError):
+    """An exported file does not give back the trained student; the message says which and by how much."""
+
+
+@dataclass(frozen=True)
+class Probe:
+    """What the trainer's student answers to fixed inputs, made by `make_probe`; all on the CPU.
+
+    `outputs[k]` is the native output at the k-th trained time for the input `noise`; `sample` is the trainer's sampler
+    run with step noise drawn from a CPU generator seeded with `seed`, as stock schedulers draw it.
+    """
+
+    conditioning: Conditioning
+    noise: Tensor
+    seed: int
+    times: Tensor
+    outputs: tuple[Tensor, ...]
+    sample: Tensor
+
+
+@dataclass(frozen=True)
+class LoadBackCheck:
+    """One exported form: errors are maxima, relative to the largest reference value (or 1 if that is smaller)."""
+
+    name: str
+    network_error: float
+    sample_error: float
+    modules_saved: int
+    modules_loaded: int
+    warnings: tuple[str, ...]
+    tolerance: float
+
+    def problems(self) -> list[str]:
+        """Why this form does not give the student back; empty when it does."""
+        found = []
+        if self.modules_loaded != self.modules_saved:
+            found.append(f"{self.modules_loaded} of {self.modules_saved} modules were loaded")
+        for title, error in (("network output", self.network_error), ("sample", self.sample_error)):
+            if not error <= self.tolerance:
+                found.append(f"{title} differs by {error:.2e} (allowed {self.tolerance:.0e})")
+        return found + [f"diffusers warned: {text}" for text in self.warnings]
+
+
+@dataclass(frozen=True)
+class LoadBackReport:
+    """All checks of an export."""
+
+    checks: tuple[LoadBackCheck, ...]
+
+    @property
+    def ok(self) -> bool:
+        return not any(check.problems() for check in self.checks)
+
+    @property
+    def max_error(self) -> float:
+        """The largest error of any check."""
+        return max(max(check.network_error, check.sample_error) for check in self.checks)
+
+    def to_dict(self) -> dict[str, Any]:
+        return {"ok": self.ok, "max_error": self.max_error, "checks": [asdict(check) for check in self.checks]}
+
+    def require_ok(self) -> LoadBackReport:
+        """Itself.
+
+        Raises:
+            LoadBackError: if any check has a problem.
+        """
+        bad = [f"{check.name}: {'; '.join(check.problems())}" for check in self.checks if check.problems()]
+        if bad:
+            raise LoadBackError("the exported student does not load back equal to the trained one. " + " | ".join(bad))
+        return self
+
+
+@torch.no_grad()
+def make_probe(
+    predict: Callable[[Tensor, Tensor, Conditioning], Prediction],
+    conditioning: Conditioning,
+    latent_shape: tuple[int, ...],
+    sampler: SamplerSpec,
+    schedule: NoiseSchedule,
+    device: torch.device | str = "cpu",
+    seed: int = 0,
+) -> Probe:
+    """Asks the trainer's own student; costs 2 network calls a step.
+
+    Args:
+        predict: (x_t, t, conditioning) -> the student's unguided prediction.
+        conditioning: a few prompts' worth; `len(conditioning)` samples are made.
+        latent_shape: (C, H, W) of one latent.
+        sampler: the trained sampler.
+        schedule: the student's noise schedule.
+        device: where `predict` wants its inputs.
+        seed: of the noise.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    noise = torch.randn((len(conditioning), *latent_shape), generator=generator)
+    cond = conditioning.to(device=torch.device(device))
+    x = noise.to(device)
+    steps = torch.Generator().manual_seed(seed)
+
+    def ask(x_t: Tensor, t: Tensor) -> Prediction:
+        return predict(x_t, t, cond)
+
+    times = [torch.full((len(noise),), time, dtype=torch.float32, device=device) for time in sampler.schedule_times()]
+    outputs = tuple(ask(x, t).native.float().cpu() for t in times)
+    made = sample(sampler, ask, x, lambda _: torch.randn(noise.shape, generator=steps).to(device), schedule)
+    fed = torch.stack([schedule.network_time(t)[0].cpu().float() for t in times])
+    return Probe(conditioning.to(device=torch.device("cpu")), noise, seed, fed, outputs, made.float().cpu())
+
+
+def check_pipeline(
+    folder: str | Path, probe: Probe, sampler: SamplerSpec, family: Family, tolerance: float = TOLERANCE
+) -> LoadBackCheck:
+    """Loads a student's pipeline folder with plain `DiffusionPipeline.from_pretrained` and compares.
+
+    The sample is made with the pipeline's default guidance if that has been switched off in the export.
+    """
+    from diffusers import DiffusionPipeline
+
+    with _bad_warnings() as caught:
+        pipeline = DiffusionPipeline.from_pretrained(folder, local_files_only=True)
+    network = getattr(pipeline, family.network_name)
+    call = {} if network.config.get("time_cond_proj_dim") else {"guidance_scale": sampler.guidance_scale}
+    return _compare("pipeline", pipeline, probe, sampler, family, tolerance, (0, 0), call, tuple(caught))
+
+
+def check_lora(
+    path: str | Path,
+    fresh_pipeline: Callable[[], DiffusionPipeline],
+    scheduler: SchedulerMixin,
+    probe: Probe,
+    sampler: SamplerSpec,
+    family: Family,
+    expected_modules: int | None = None,
+    tolerance: float = TOLERANCE,
+) -> LoadBackCheck:
+    """Loads a LoRA file into a fresh stock pipeline with plain `load_lora_weights` and compares.
+
+    Args:
+        path: the file, in diffusers' or kohya's form.
+        fresh_pipeline: loads the teacher's pipeline again, e.g. `lambda: DiffusionPipeline.from_pretrained(teacher)`.
+        scheduler: what the user is told to set; it is rebuilt from its config.
+        probe: the trainer's answers.
+        sampler: the trained sampler.
+        family: how the network is called.
+        expected_modules: modules the trained adapter has; None trusts the file.
+        tolerance: largest allowed error.
+    """
+    path = Path(path)
+    pipeline = fresh_pipeline()
+    pipeline.scheduler = type(scheduler).from_config(dict(scheduler.config))
+    network = getattr(pipeline, family.network_name)
+    with _bad_warnings() as caught:
+        pipeline.load_lora_weights(str(path.parent), weight_name=path.name, local_files_only=True)
+    loaded = [layer for _, layer in adapter_layers(network)]
+    caught += [
+        f"a loaded module has strength {strength} instead of 1"
+        for strength in sorted({s for layer in loaded for s in layer.scaling.values()} - {1.0})
+    ]
+    saved = count_modules(path) if expected_modules is None else expected_modules
+    call = {"guidance_scale": sampler.guidance_scale}
+    counts = (saved, len(loaded))
+    return _compare(path.name, pipeline, probe, sampler, family, tolerance, counts, call, tuple(caught))
+
+
+@torch.no_grad()
+def _compare(
+    name: str,
+    pipeline: DiffusionPipeline,
+    probe: Probe,
+    sampler: SamplerSpec,
+    family: Family,
+    tolerance: float,
+    counts: tuple[int, int],
+    call: dict[str, Any],
+    caught: tuple[str, ...],
+) -> LoadBackCheck:
+    pipeline.set_progress_bar_config(disable=True)
+    network: nn.Module = getattr(pipeline, family.network_name)
+    dtype = next(network.parameters()).dtype
+    cond = probe.conditioning.to(dtype=dtype)
+    x = probe.noise.to(dtype)
+    network_error = max(
+        _error(family.call(network, x, time.expand(len(x)), cond), expected)
+        for time, expected in zip(probe.times, probe.outputs, strict=True)
+    )
+    made = pipeline(
+        **_prompt_inputs(cond),
+        latents=x,
+        num_inference_steps=len(sampler),
+        generator=torch.Generator().manual_seed(probe.seed),
+        output_type="latent",
+        **call,
+    ).images
+    return LoadBackCheck(name, network_error, _error(made, probe.sample), *counts, caught, tolerance)
+
+
+def _prompt_inputs(cond: Conditioning) -> dict[str, Any]:
+    """Arguments of the pipeline's call; guided pipelines want a negative embedding, whose rows then go unused."""
+    inputs: dict[str, Any] = {key: value for key, value in cond.tensors.items() if key != "time_ids"}
+    if "time_ids" in cond.tensors:
+        height, width, top, left, target_height, target_width = (int(v) for v in cond.tensors["time_ids"][0].tolist())
+        inputs |= {
+            "original_size": (height, width),
+            "crops_coords_top_left": (top, left),
+            "target_size": (target_height, target_width),
+        }
+    return inputs
+
+
+def _error(actual: Tensor, expected: Tensor) -> float:
+    """Largest difference, relative to the largest expected value or 1; infinite if anything is not finite."""
+    difference = (actual.float().cpu() - expected).abs().max() / expected.abs().max().clamp_min(1.0)
+    return float(difference) if torch.isfinite(difference) else float("inf")
+
+
+@contextlib.contextmanager
+def _bad_warnings() -> Iterator[list[str]]:
+    """Collects warnings of diffusers, transformers and peft that mean that something was not loaded."""
+    from diffusers.utils import logging as diffusers_logging
+    from transformers.utils import logging as transformers_logging
+
+    found: list[str] = []
+    collector = _Collector(found)
+    libraries = (diffusers_logging, transformers_logging)
+    levels = [library.get_verbosity() for library in libraries]
+    loggers = [logging.getLogger(name) for name in ("diffusers", "transformers")]
+    with warnings.catch_warnings(record=True) as python_warnings:
+        warnings.simplefilter("always")
+        for library, level, logger in zip(libraries, levels, loggers):
+            library.set_verbosity(min(level, logging.WARNING))
+            logger.addHandler(collector)
+        try:
+            yield found
+        finally:
+            for library, level, logger in zip(libraries, levels, loggers):
+                logger.removeHandler(collector)
+                library.set_verbosity(level)
+            found += [str(w.message) for w in python_warnings if _BAD_WARNING.search(str(w.message))]
+
+
+class _Collector(logging.Handler):
+    def __init__(self, found: list[str]) -> None:
+        super().__init__(logging.WARNING)
+        self._found = found
+
+    def emit(self, record: logging.LogRecord) -> None:
+        message = record.getMessage()
+        if _BAD_WARNING.search(message):
+            self._found.append(message)
