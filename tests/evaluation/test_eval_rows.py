@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from dataclasses import replace
 
 import pytest
@@ -16,9 +17,10 @@ from fastdiff.evaluation.baselines import (
     save_rows,
     scheduler_for,
     score_sampling,
+    search,
     with_sampling,
 )
-from fastdiff.evaluation.evaluate import score_images
+from fastdiff.evaluation.evaluate import load_pipeline, score_images
 
 
 @pytest.fixture(scope="module")
@@ -40,9 +42,12 @@ def test_a_row_has_every_number_and_setting(tiny_sd, bench):
     assert all(low <= content[key] + 1e-6 and content[key] <= high + 1e-6 for key, (low, high) in row.interval.items())
 
 
-def test_a_folder_gives_the_same_row(tiny_sd, tiny_sd_folder, bench):
+def test_a_folder_gives_the_same_row(tiny_sd, tiny_sd_folder, bench, tmp_path):
     by_object, by_folder = (evaluate(p, bench, 1, progress=False) for p in (tiny_sd, tiny_sd_folder))
     assert by_folder.fid == pytest.approx(by_object.fid, rel=1e-4)
+    halved = copy.deepcopy(tiny_sd).to(dtype=torch.float16)
+    halved.save_pretrained(tmp_path / "half")
+    assert load_pipeline(tmp_path / "half").text_encoder.dtype == torch.float32
     with pytest.raises(FileNotFoundError, match="model_index"):
         evaluate(tiny_sd_folder / "unet", bench, 1)
 
@@ -76,9 +81,9 @@ def test_wrong_resolution_is_refused(tiny_sd, bench):
 
 
 def test_candidates_cost_what_they_should():
-    four, one = list(candidates(4)), list(candidates(1))
+    three, four, one = candidates(3), candidates(4), candidates(1)
     assert {s.network_calls for s in four} == {4} and {s.steps for s in four} == {4, 2}
-    assert {s.network_calls for s in one} == {1} and {s.guidance_scale for s in one} == {1.0}
+    assert {s.guidance_scale for s in three} == {s.guidance_scale for s in one} == {1.0}
 
 
 @pytest.mark.parametrize("solver", ["DDIM", "Euler", "DPM-Solver++ 2M", "UniPC"])
@@ -118,16 +123,28 @@ def test_unknown_solver_and_start(tiny_sd):
         scheduler_for(dict(tiny_sd.scheduler.config), Sampling("DDIM", 1, start=1000))
 
 
-def test_the_chosen_baseline_is_the_best_tried(tiny_sd, bench, monkeypatch):
+def test_the_chosen_baseline_is_the_best_tried(tiny_sd, bench):
+    options = [Sampling("DDIM", 1, start=s) for s in (999, 399)]
+    chosen, record = search(tiny_sd, bench, options, bench.reference, count=8, finalists=2, progress=False)
+    few, final = ([line for line in record if line["n"] == n] for n in (8, 12))
+    assert len(few) == 8 and len(final) == 2  # two starts with four solvers, then the best two on all prompts
+    best = min(final, key=lambda line: line["distance"])
+    assert (chosen.solver, chosen.start) == (best["solver"], best["start"])
+    assert max(line["distance"] for line in record) > best["distance"]
+    with pytest.raises(ValueError, match="no samplings"):
+        search(tiny_sd, bench, [], bench.reference)
+
+
+def test_baseline_rows(tiny_sd, bench, monkeypatch):
     import fastdiff.evaluation.baselines as baselines
 
     options = [Sampling("DDIM", 1, start=s) for s in (999, 399)]
-    monkeypatch.setattr(baselines, "candidates", lambda calls, **_: iter(options))
-    rows, record = baseline_rows(tiny_sd, bench, bench, [1], count=8, progress=False)
-    final = [line for line in record if line["n"] == 12]
-    best = min(final, key=lambda line: line["distance"])
-    assert [row.name for row in rows] == ["undistilled-1"]
-    assert rows[0].settings["sampling"]["start"] == best["start"] and len(final) == 2 and len(record) == 4
+    monkeypatch.setattr(baselines, "candidates", lambda calls, guidance=(): options)
+    test = replace(bench, teacher=bench.floor)
+    rows, record = baseline_rows(tiny_sd, test, bench, 1, count=8, progress=False)
+    assert [row.name for row in rows] == ["undistilled-1", "undistilled-1-matched"]
+    assert {line["row"] for line in record} == {row.name for row in rows}
+    assert rows[0].settings["sampling"]["start"] in (999, 399) and rows[0].network_calls == 1
 
 
 def test_stored_rows_come_back_and_belong_to_their_protocol(tiny_sd, bench, tmp_path):

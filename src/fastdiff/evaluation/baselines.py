@@ -8,7 +8,7 @@ from __future__ import annotations
 import copy
 import json
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -85,19 +85,10 @@ def with_sampling(pipeline: Any, sampling: Sampling) -> Any:
     return changed
 
 
-def candidates(
-    calls: int,
-    solvers: Sequence[str] = SOLVERS,
-    guidance: Sequence[float] = GUIDANCE,
-    starts: Sequence[int] = STARTS,
-) -> Iterator[Sampling]:
-    """All samplings that cost exactly ``calls`` network calls."""
-    for solver in solvers:
-        for scale in guidance:
-            steps, rest = divmod(calls, 2 if scale > 1 else 1)
-            for start in starts:
-                if rest == 0 and steps > 0:
-                    yield Sampling(solver, steps, scale, start)
+def candidates(calls: int, guidance: Sequence[float] = GUIDANCE, starts: Sequence[int] = STARTS) -> list[Sampling]:
+    """All DDIM samplings that cost exactly ``calls`` network calls."""
+    found = [Sampling(SOLVERS[0], calls // (2 if w > 1 else 1), w, start) for w in guidance for start in starts]
+    return [sampling for sampling in found if sampling.steps > 0 and sampling.network_calls == calls]
 
 
 def search(
@@ -107,54 +98,63 @@ def search(
     against: ImageFeatures,
     count: int = 500,
     finalists: int = 3,
-    batch_size: int = 64,
+    batch_size: int = 100,
     progress: bool = True,
 ) -> tuple[Sampling, list[dict]]:
     """The sampling with the least Frechet distance to ``against`` on validation prompts, and what was tried.
 
-    All options are ranked on the first ``count`` prompts (and ``count`` references), the best ``finalists`` on all.
+    Guidance and start time are ranked on the first ``count`` prompts; the best ``finalists`` are tried with every
+    solver there, and the best of those on all prompts.
+
+    Raises:
+        ValueError: no options.
     """
+    if not options:
+        raise ValueError("no samplings to choose from; candidates() gave none for this number of calls")
     pipeline = load_pipeline(pipeline)
-    tried: list[dict] = []
+    tried: dict[tuple[Sampling, int], float] = {}
 
     def distance(sampling: Sampling, n: int) -> float:
-        seeds = sample_seeds(validation.protocol.seed, "samples", n)
-        changed = with_sampling(pipeline, sampling)
-        samples = generate(
-            changed, validation.prompts[:n], seeds, sampling.steps, sampling.guidance_scale, batch_size, progress=False
-        )
-        found = ImageFeatures.of(samples.images, validation.extractor, validation.protocol.resize)
-        value = frechet_distance(found.features, against.features)
-        tried.append({**asdict(sampling), "n": n, "distance": value})
-        return value
+        if (sampling, n) not in tried:
+            seeds = sample_seeds(validation.protocol.seed, "samples", n)
+            changed, prompts = with_sampling(pipeline, sampling), validation.prompts[:n]
+            scale = sampling.guidance_scale
+            samples = generate(changed, prompts, seeds, sampling.steps, scale, batch_size, progress=False)
+            found = ImageFeatures.of(samples.images, validation.extractor, validation.protocol.resize)
+            tried[sampling, n] = frechet_distance(found.features, against.features)
+        return tried[sampling, n]
+
+    def best(found: Sequence[Sampling], n: int, keep: int) -> list[Sampling]:
+        bar = tqdm(found, desc=f"{options[0].network_calls} calls, n = {n}", unit="sampling", disable=not progress)
+        return sorted(bar, key=lambda sampling: distance(sampling, n))[:keep]
 
     first = min(count, len(validation.prompts))
-    bar = tqdm(options, desc=f"{options[0].network_calls} calls", unit="sampling", disable=not progress)
-    best = sorted(bar, key=lambda option: distance(option, first))[:finalists]
-    return min(best, key=lambda option: distance(option, len(validation.prompts))), tried
+    kept = best(options, first, finalists)
+    kept = best([replace(s, solver=solver) for s in kept for solver in SOLVERS], first, finalists)
+    chosen = best(kept, len(validation.prompts), 1)[0]
+    return chosen, [{**asdict(s), "n": n, "distance": value} for (s, n), value in tried.items()]
 
 
 def baseline_rows(
-    pipeline: Any, test: Benchmark, validation: Benchmark, calls: Sequence[int], batch_size: int = 64, **options: Any
+    pipeline: Any, test: Benchmark, validation: Benchmark, calls: int, **options: Any
 ) -> tuple[list[Row], list[dict]]:
-    """For each number of calls the best undistilled samplings, scored on the test prompts, and the search's record.
+    """The best undistilled samplings at a number of calls, scored on the test prompts, and the search's record.
 
-    Two rows a number: ``undistilled-K`` (least distance to the reference at any guidance) and, where the teacher's own
-    samples are at hand, ``undistilled-K-matched`` (w = 1, least distance to the teacher).
+    ``undistilled-K`` has the least distance to the reference at any guidance; where the teacher's own samples are at
+    hand, ``undistilled-K-matched`` has, at w = 1, the least distance to them. ``options`` are those of ``search``.
     """
+    sets = [(f"undistilled-{calls}", candidates(calls), validation.reference)]
+    if test.teacher is not None:
+        sets.append((f"undistilled-{calls}-matched", candidates(calls, guidance=(1.0,)), test.teacher))
     rows, record = [], []
-    for count in calls:
-        sets = [(f"undistilled-{count}", list(candidates(count)), validation.reference)]
-        if test.teacher is not None:
-            sets.append((f"undistilled-{count}-matched", list(candidates(count, guidance=(1.0,))), test.teacher))
-        for name, samplings, against in sets:
-            best, tried = search(pipeline, validation, samplings, against, batch_size=batch_size, **options)
-            record += [{"row": name, **line} for line in tried]
-            rows.append(score_sampling(pipeline, test, best, name, batch_size))
+    for name, samplings, against in sets:
+        chosen, tried = search(pipeline, validation, samplings, against, **options)
+        record += [{"row": name, **line} for line in tried]
+        rows.append(score_sampling(pipeline, test, chosen, name))
     return rows, record
 
 
-def score_sampling(pipeline: Any, bench: Benchmark, sampling: Sampling, name: str, batch_size: int = 64) -> Row:
+def score_sampling(pipeline: Any, bench: Benchmark, sampling: Sampling, name: str, batch_size: int = 100) -> Row:
     """A row of the undistilled pipeline, sampled as told."""
     changed = with_sampling(load_pipeline(pipeline), sampling)
     row = evaluate(

@@ -169,7 +169,7 @@ def teacher_features(
 
 
 def load_pipeline(pipeline: Any) -> Any:
-    """A folder as a pipeline; pipeline objects pass.
+    """A folder as a pipeline in float32, on the GPU where there is one; pipeline objects pass as they are.
 
     Raises:
         FileNotFoundError: the folder is no saved pipeline.
@@ -182,7 +182,11 @@ def load_pipeline(pipeline: Any) -> Any:
         )
     from diffusers import DiffusionPipeline
 
-    return DiffusionPipeline.from_pretrained(pipeline, use_safetensors=True, local_files_only=True)
+    # The dtype is given, since transformers keeps that of a half-precision file while diffusers does not.
+    loaded = DiffusionPipeline.from_pretrained(
+        pipeline, torch_dtype=torch.float32, use_safetensors=True, local_files_only=True
+    )
+    return loaded.to("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def _distance(generated: Tensor, reference: Tensor, draws: int) -> tuple[float, tuple[float, float]]:

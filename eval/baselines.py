@@ -1,0 +1,58 @@
+"""Makes the shipped rows again: the floor, the teacher and the best undistilled samplings, and the teacher's features.
+
+python eval/baselines.py --teacher src/fastdiff/assets/teacher
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+import torch
+
+from fastdiff.evaluation import floor_row, format_table, load_pipeline, open_protocol, teacher_features
+from fastdiff.evaluation.baselines import (
+    SHIPPED,
+    Sampling,
+    baseline_rows,
+    candidates,
+    save_rows,
+    score_sampling,
+    search,
+)
+from fastdiff.evaluation.benchmark import REFERENCES
+from fastdiff.evaluation.protocol import EMOJI, EMOJI_VALIDATION
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--teacher", type=Path, required=True)
+    parser.add_argument("--calls", type=int, nargs="+", default=[1, 2, 4, 8])
+    parser.add_argument("--count", type=int, default=500, help="validation prompts for the first ranking")
+    parser.add_argument("--output", type=Path, default=SHIPPED)
+    parser.add_argument("--keep_reference", action="store_true", help="use the teacher's features already there")
+    parser.add_argument("--threads", type=int, default=1)
+    flags = parser.parse_args()
+    torch.set_num_threads(flags.threads)
+    pipeline = load_pipeline(flags.teacher)
+    command = " ".join(["python", "eval/baselines.py", *sys.argv[1:]])
+    if not flags.keep_reference:
+        teacher_features(pipeline, open_protocol(EMOJI)).save(REFERENCES / EMOJI.teacher)
+    test, validation = open_protocol(EMOJI), open_protocol(EMOJI_VALIDATION)
+    rows, record = [floor_row(test), score_sampling(pipeline, test, Sampling("DDIM", 50), "teacher")], []
+
+    guided = candidates(100, guidance=(1.5, 2.0, 3.0), starts=(999,))
+    tried = search(pipeline, validation, guided, validation.reference, min(flags.count, 250), finalists=1)
+    rows.append(score_sampling(pipeline, test, tried[0], "teacher-guided"))
+    record += [{"row": "teacher-guided", **line} for line in tried[1]]
+    save_rows(flags.output, rows, command, tried=record)
+    for calls in flags.calls:
+        found, lines = baseline_rows(pipeline, test, validation, calls, count=flags.count)
+        rows, record = rows + found, record + lines
+        save_rows(flags.output, rows, command, tried=record)  # after each: a search of hours may be interrupted
+    print(format_table(rows))
+
+
+if __name__ == "__main__":
+    main()
