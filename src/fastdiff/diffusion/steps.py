@@ -78,8 +78,8 @@ def ddim_eta(prediction: Prediction, s: Tensor | float | Terminal, eta: Tensor |
 def er_sde(prediction: Prediction, s: Tensor | float | Terminal, eta: Tensor | float, noise: Tensor) -> Tensor:
     """First-order step of the SDE with constant ``eta`` (noise function ``kappa^(1 + eta^2)``, arXiv 2309.06169).
 
-    ``eta`` = 0 is :func:`jump`, 1 equals :func:`ddim_eta` with 1; in between this one is exact for the SDE as the
-    step shrinks, whatever the number of steps.
+    The noise is integrated exactly with the clean prediction held. ``eta`` = 0 is :func:`jump`, 1 equals
+    :func:`ddim_eta` with 1; in between the two agree to first order in the step.
     """
     ratio = _kappa_ratio(prediction, s)
     kept = ratio ** (broadcast_to(as_times(eta, ratio), prediction.x_t) ** 2)
