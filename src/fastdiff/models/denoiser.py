@@ -18,7 +18,7 @@ from fastdiff.diffusion.prediction import Prediction, PredictionKind, guide
 from fastdiff.diffusion.schedules import NoiseSchedule
 from fastdiff.models.conditioning import Conditioning
 from fastdiff.models.families import Family
-from fastdiff.models.roles import Part, Roles, row_blocks
+from fastdiff.models.roles import Part, Roles, anchor, row_blocks
 
 
 @dataclass(frozen=True)
@@ -164,7 +164,7 @@ class Denoiser:
         return outputs
 
     def _precision(self, network: nn.Module) -> contextlib.AbstractContextManager:
-        weight = next(network.parameters())
+        weight = anchor(network)
         if weight.dtype == self.compute_dtype or weight.dtype == torch.float64:
             return contextlib.nullcontext()
         # Entered anew for every call, so that autocast's weight cache never outlives a no_grad call.

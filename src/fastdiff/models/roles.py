@@ -99,7 +99,8 @@ class Roles:
         for role, spec in specs.items():
             if isinstance(spec, FullSpec):
                 module = copy.deepcopy(base) if spec.module is None else spec.module
-                self._modules[role] = module.to(dtype=spec.dtype, device=_device(base)).requires_grad_(True).eval()
+                module = module.to(dtype=spec.dtype, device=anchor(base).device)
+                self._modules[role] = module.requires_grad_(True).eval()
         for role, spec in specs.items():
             if isinstance(spec, AdapterSpec):
                 inject_adapter(base, role, spec)
@@ -180,8 +181,9 @@ class Roles:
         network.enable_gradient_checkpointing(run)
 
 
-def _device(module: nn.Module) -> torch.device:
-    return next(module.parameters()).device
+def anchor(module: nn.Module) -> Tensor:
+    """The first parameter, or buffer of a closed form without parameters: it tells device and dtype in O(1)."""
+    return next(itertools.chain(module.parameters(), module.buffers()))
 
 
 def inject_adapter(network: nn.Module, adapter: str, spec: AdapterSpec) -> None:
