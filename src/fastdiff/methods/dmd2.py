@@ -137,7 +137,7 @@ class DMD2(Method):
         if not self.config.gan_weight:
             prediction = ctx.denoiser(x_t, t, batch.cond, "fake_score")
             target = prediction_target(prediction.kind, schedule, x, eps, t)
-            return {"denoising": mse(prediction.native.float(), target)}
+            return {"denoising": mse(prediction.native, target)}
         return self._critic_with_gan(batch, ctx, x, x_t, t, eps)
 
     def _critic_with_gan(self, batch, ctx, x, x_t, t, eps) -> Mapping[str, Tensor]:
@@ -154,7 +154,7 @@ class DMD2(Method):
         logits = ctx.modules["discriminator"](taps.features[tap][rows:].float())
         discriminator = discriminator_softplus(logits[rows:], logits[:rows])
         return {
-            "denoising": mse(prediction.native[:rows].float(), target),
+            "denoising": mse(prediction.native[:rows], target),
             "discriminator": self.config.gan_discriminator_weight * discriminator,
         }
 

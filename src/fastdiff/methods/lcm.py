@@ -13,6 +13,7 @@ from fastdiff.diffusion.grids import lcm_grid
 from fastdiff.diffusion.losses import mse, pseudo_huber
 from fastdiff.diffusion.prediction import Prediction
 from fastdiff.diffusion.steps import jump
+from fastdiff.diffusion.tensors import as_times
 from fastdiff.methods.base import (
     Batch,
     Context,
@@ -113,7 +114,8 @@ class LCM(Method):
         points, steps = self.config.num_ddim_timesteps, self.config.num_inference_steps
         grid = [start for start, _ in lcm_grid(points)][::-1]
         times = tuple(int(grid[index * points // steps]) for index in range(steps))
-        return SamplerSpec("lcm", times, self.sampling_guidance, original_inference_steps=points)
+        scaling = self.config.timestep_scaling_factor
+        return SamplerSpec("lcm", times, self.sampling_guidance, scaling, original_inference_steps=points)
 
     @property
     def sampling_guidance(self) -> float:
@@ -136,7 +138,7 @@ class LCM(Method):
         return {"consistency": self._distance(student, target)}
 
     def _consistency(self, prediction: Prediction) -> Tensor:
-        tau = self.config.timestep_scaling_factor * prediction.t
+        tau = self.config.timestep_scaling_factor * as_times(prediction.t, prediction.x0)
         width = self.config.sigma_data
         skip = width**2 / (tau**2 + width**2)
         out = tau / (tau**2 + width**2) ** 0.5
