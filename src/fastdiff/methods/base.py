@@ -142,6 +142,10 @@ class Method(ABC):
     def sampler(self) -> SamplerSpec:
         """How the student is to be sampled; previews, evaluation and export all use this one."""
 
+    def needs(self) -> Need:
+        """What the data must hold with this config; what `info` says unless a term asks for more."""
+        return self.info.needs[0]
+
     def modules(self, denoiser: Denoiser) -> dict[str, nn.Module]:
         """Trainable modules that are not denoisers, e.g. discriminator heads."""
         return {}

@@ -12,7 +12,17 @@ from torch import Tensor, nn
 from fastdiff.diffusion.losses import discriminator_softplus, dmd_normaliser, generator_softplus, mse, surrogate
 from fastdiff.diffusion.prediction import prediction_target
 from fastdiff.methods._student import MultiStepInput, student_sample
-from fastdiff.methods.base import Batch, Context, Group, Method, MethodInfo, Update, check_not_negative, check_positive
+from fastdiff.methods.base import (
+    Batch,
+    Context,
+    Group,
+    Method,
+    MethodInfo,
+    Need,
+    Update,
+    check_not_negative,
+    check_positive,
+)
 from fastdiff.models.denoiser import Ask, Denoiser, Taps
 from fastdiff.models.discriminator import FeatureHead
 from fastdiff.models.sampler import SamplerSpec
@@ -88,6 +98,10 @@ class DMD2(Method):
         critic = Group(self.config.fake_score_learning_rate)
         groups = {"student": Group(), "fake_score": critic}
         return groups | {"discriminator": critic} if self.config.gan_weight else groups
+
+    def needs(self) -> Need:
+        from_data = len(self.config.timesteps) > 1 and self.config.multi_step_input == "noised_data"
+        return "images" if self.config.gan_weight or from_data else "prompts"
 
     def modules(self, denoiser: Denoiser) -> dict[str, nn.Module]:
         if not self.config.gan_weight:
