@@ -261,6 +261,8 @@ class Trainer:
         """Restores a checkpoint after checking that it is of this method, teacher and seed."""
         self._check_identity(values)
         roles = self.networks.roles
+        for name in tensors.keys() & set(roles):
+            roles.check_fit(name, tensors[name])
         for name, group in tensors.items():
             if name in roles:
                 roles.load_state_dict(name, group)

@@ -11,7 +11,8 @@ import contextlib
 import copy
 import functools
 import itertools
-from collections.abc import Mapping, Sequence
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -113,6 +114,9 @@ class Roles:
     def __contains__(self, role: str) -> bool:
         return role in self._adapters or role in self._modules
 
+    def __iter__(self) -> Iterator[str]:
+        return iter([*self._adapters, *self._modules])
+
     def is_adapter(self, role: str) -> bool:
         """Whether the role lives on the shared base (the teacher does)."""
         return role in self._adapters
@@ -153,11 +157,11 @@ class Roles:
         """Trainable weights of a role, detached, for checkpoints; buffers of full modules are not trained."""
         return {name: parameter.detach() for name, parameter in self.named_parameters(role)}
 
-    def load_state_dict(self, role: str, state: Mapping[str, Tensor]) -> None:
-        """Copies weights in place.
+    def check_fit(self, role: str, state: Mapping[str, Tensor]) -> None:
+        """Refuses weights that are not this role's.
 
         Raises:
-            ValueError: if names or shapes differ; nothing is copied then.
+            ValueError: if names or shapes differ.
         """
         own = self.state_dict(role)
         wrong = sorted(own.keys() ^ state.keys())
@@ -167,8 +171,12 @@ class Roles:
                 f"weights do not fit role {role!r}: {len(wrong)} tensors differ in name or shape, first {wrong[0]!r}. "
                 "Check that rank, targets and teacher are those of the run that wrote them."
             )
+
+    def load_state_dict(self, role: str, state: Mapping[str, Tensor]) -> None:
+        """Copies weights in place; refuses what does not fit before anything is copied."""
+        self.check_fit(role, state)
         with torch.no_grad():
-            for name, tensor in own.items():
+            for name, tensor in self.state_dict(role).items():
                 tensor.copy_(state[name])
 
     def _checkpoint(self, network: nn.Module) -> None:
@@ -197,7 +205,10 @@ def inject_adapter(network: nn.Module, adapter: str, spec: AdapterSpec) -> None:
     if spec.rank < 1:
         raise ValueError(f"lora_rank must be at least 1, got {spec.rank}")
     config = LoraConfig(r=spec.rank, lora_alpha=spec.alpha, target_modules=list(spec.targets))
-    network.add_adapter(config, adapter_name=adapter)
+    with warnings.catch_warnings():
+        # Several adapters on one network are the point here; peft warns about the second one.
+        warnings.filterwarnings("ignore", message="Already found a `peft_config`")
+        network.add_adapter(config, adapter_name=adapter)
     network.requires_grad_(False)
     for _, layer in adapter_layers(network):
         for name in layer.lora_A:

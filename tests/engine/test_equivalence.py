@@ -1,0 +1,128 @@
+"""Two ways of computing one thing give one trajectory."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from engine_helpers import weights
+
+ROOT = Path(__file__).parents[2]
+
+
+def trajectory(trainer) -> dict[str, torch.Tensor]:
+    """The weights after training by plain gradient descent, which shows the gradients as they are."""
+    for optimizer in trainer.optimizers.values():
+        plain = torch.optim.SGD(optimizer.parameters, lr=1e-2, fused=True)
+        optimizer.optimizer = plain
+    for batches in trainer.batches.steps(0):
+        trainer.train_step(batches)
+    return {name: tensor for name, tensor in weights(trainer).items() if not name.startswith("optimizer")}
+
+
+def assert_close(a, b, tolerance=1e-5):
+    assert a.keys() == b.keys()
+    for name in a:
+        torch.testing.assert_close(
+            a[name], b[name], atol=tolerance, rtol=tolerance, msg=lambda m, name=name: f"{name}: {m}"
+        )
+
+
+@pytest.mark.parametrize("method", ["dmd2", "lcm"])
+def test_accumulation_equals_a_larger_batch(make_trainer, tmp_path, method):
+    small = make_trainer(
+        method, output_dir=str(tmp_path / "a"), train_batch_size=2, gradient_accumulation_steps=4, max_train_steps=3
+    )
+    large = make_trainer(method, output_dir=str(tmp_path / "b"), train_batch_size=8, max_train_steps=3)
+    start = weights(small)
+    result = trajectory(small)
+    assert_close(result, trajectory(large))
+    moved = [name for name, tensor in result.items() if not torch.equal(tensor, start[name])]
+    assert len(moved) > len(result) / 2
+
+
+def test_checkpointing_changes_no_gradient(make_trainer, tmp_path):
+    plain = make_trainer(output_dir=str(tmp_path / "a"), max_train_steps=2)
+    recomputed = make_trainer(output_dir=str(tmp_path / "b"), max_train_steps=2, gradient_checkpointing=True)
+    assert_close(trajectory(plain), trajectory(recomputed), 1e-6)
+
+
+def test_splitting_roles_changes_no_gradient(make_trainer, tmp_path):
+    together = make_trainer(output_dir=str(tmp_path / "a"), max_train_steps=2)
+    split = make_trainer(output_dir=str(tmp_path / "b"), max_train_steps=2, split_roles=True)
+    assert_close(trajectory(together), trajectory(split), 1e-6)
+
+
+def test_a_term_of_zero_weight_changes_nothing(make_trainer, tmp_path):
+    """The discriminator's presence alone must not leak into the student."""
+    without = make_trainer(method_config={"gan_weight": 0.0}, output_dir=str(tmp_path / "a"), max_train_steps=1)
+    tiny = make_trainer(method_config={"gan_weight": 1e-12}, output_dir=str(tmp_path / "b"), max_train_steps=1)
+    a, b = trajectory(without), trajectory(tiny)
+    student = [name for name in a if name.startswith("student/")]
+    assert_close({name: a[name] for name in student}, {name: b[name] for name in student}, 1e-7)
+
+
+PROCESS = """
+import json, sys
+sys.path[:0] = [{root!r} + "/tests", {root!r} + "/tests/engine"]
+import torch
+import conftest as pipelines
+from engine_helpers import PROMPTS, Latents, weights
+from fastdiff.engine import Settings, Trainer
+from fastdiff.methods import DMD2, DMD2Config
+from fastdiff.models.teacher import Teacher
+config = DMD2Config(student_update_every=2, timesteps=(999, 499), gan_weight=1e-3)
+trainer = Trainer(DMD2(config), Teacher(pipelines.build_tiny_sd(), "tiny"), Latents(PROMPTS),
+    Settings(output_dir={folder!r}, max_train_steps=3, train_batch_size={batch}, lora_rank=4, report_to="none", log_every=1))
+for optimizer in trainer.optimizers.values():
+    optimizer.optimizer = torch.optim.SGD(optimizer.parameters, lr=1e-2, fused=True)
+losses = []
+for batches in trainer.batches.steps(0):
+    trainer.train_step(batches)
+    losses.append(trainer.metrics.read())
+if trainer.is_main:
+    from safetensors.torch import save_file
+    kept = {{k: v.contiguous() for k, v in weights(trainer).items() if not k.startswith("optimizer")}}
+    save_file(kept, {folder!r} + "/weights.safetensors")
+    json.dump([trainer.accelerator.num_processes, losses], open({folder!r} + "/losses.json", "w"))
+"""
+
+
+def _launch(folder: Path, processes: int, batch: int) -> tuple[int, list[dict[str, float]]]:
+    script = folder.with_suffix(".py")
+    script.write_text(PROCESS.format(root=str(ROOT), folder=str(folder), batch=batch))
+    command = [
+        sys.executable,
+        "-m",
+        "accelerate.commands.launch",
+        "--num_processes",
+        str(processes),
+        "--num_machines",
+        "1",
+    ]
+    command += ["--mixed_precision", "no", "--dynamo_backend", "no"]
+    command += ["--multi_gpu", "--main_process_port", "0"] if processes > 1 else []
+    environment = os.environ | {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
+    subprocess.run([*command, str(script)], env=environment, check=True, capture_output=True, cwd=ROOT, timeout=300)
+    return json.loads((folder / "losses.json").read_text())
+
+
+@pytest.mark.launch
+def test_two_real_processes_equal_one(tmp_path):
+    from safetensors.torch import load_file
+
+    one, one_losses = _launch(tmp_path / "one", 1, 4)
+    two, two_losses = _launch(tmp_path / "two", 2, 2)
+    assert (one, two) == (1, 2)
+    for a, b in zip(one_losses, two_losses, strict=True):
+        for name in a:
+            if name.startswith("loss/"):
+                assert b[name] == pytest.approx(a[name], abs=1e-5), name
+    assert_close(
+        load_file(tmp_path / "one" / "weights.safetensors"), load_file(tmp_path / "two" / "weights.safetensors")
+    )
