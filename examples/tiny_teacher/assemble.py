@@ -1,0 +1,72 @@
+"""Put autoencoder, text encoder and UNet together as a StableDiffusionPipeline folder in fp16 safetensors.
+
+python assemble.py --autoencoder runs/autoencoder --text_encoder runs/text --unet runs/unet --output teacher
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+
+import torch
+from common import replace_folder
+from diffusers import AutoencoderTiny, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from transformers import CLIPTextModel, CLIPTokenizer
+
+SCHEDULE = {
+    "num_train_timesteps": 1000,
+    "beta_start": 0.00085,
+    "beta_end": 0.012,
+    "beta_schedule": "scaled_linear",
+    "prediction_type": "epsilon",
+    "clip_sample": False,
+    "set_alpha_to_one": False,
+    "steps_offset": 1,
+    "timestep_spacing": "trailing",
+}
+
+
+def assemble(autoencoder: Path, text_encoder: Path, unet: Path | UNet2DConditionModel, output: Path) -> None:
+    """Write the pipeline aside, then move it into place. ``unet`` is a folder or a model to copy from."""
+    vae = AutoencoderTiny.from_pretrained(autoencoder)
+    vae.register_to_config(scaling_factor=json.loads((autoencoder / "latents.json").read_text())["scaling_factor"])
+    if isinstance(unet, UNet2DConditionModel):
+        model = UNet2DConditionModel.from_config(unet.config)
+        model.load_state_dict(unet.state_dict())
+    else:
+        model = UNet2DConditionModel.from_pretrained(unet)
+    pipeline = StableDiffusionPipeline(
+        vae=vae,
+        text_encoder=CLIPTextModel.from_pretrained(text_encoder / "text_encoder"),
+        tokenizer=CLIPTokenizer.from_pretrained(text_encoder / "tokenizer"),
+        unet=model,
+        scheduler=DDIMScheduler(**SCHEDULE),
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    )
+    aside = output.with_name(f".{output.name}.new")
+    pipeline.to(torch.float16).save_pretrained(aside, safe_serialization=True)
+    replace_folder(aside, output)
+
+
+def load_pipeline(folder: Path) -> StableDiffusionPipeline:
+    """The assembled teacher in fp32 without progress bars."""
+    pipeline = StableDiffusionPipeline.from_pretrained(folder, torch_dtype=torch.float32, safety_checker=None)
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+def main() -> None:
+    flags = argparse.ArgumentParser(description=__doc__)
+    for name in ("autoencoder", "text_encoder", "unet", "output"):
+        flags.add_argument(f"--{name}", type=Path, required=True)
+    settings = flags.parse_args()
+    assemble(settings.autoencoder, settings.text_encoder, settings.unet, settings.output)
+    size = sum(f.stat().st_size for f in settings.output.rglob("*") if f.is_file())
+    print(f"{settings.output}: {size / 1e6:.1f} MB")
+
+
+if __name__ == "__main__":
+    main()
