@@ -1,0 +1,143 @@
+"""From a trainer to a student folder that has been loaded back and compared."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import shutil
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastdiff import export
+from fastdiff.diffusion.prediction import Prediction
+from fastdiff.engine import Trainer
+from fastdiff.engine.previews import sample_role, write_grid
+from fastdiff.models.conditioning import Conditioning
+from fastdiff.models.denoiser import Denoiser
+from fastdiff.models.teacher import Teacher
+from fastdiff.recipes.options import HubOptions
+from fastdiff.recipes.recipe import Recipe
+from fastdiff.recipes.student import Student
+
+logger = logging.getLogger(__name__)
+
+PROBE_PROMPTS = ("a photo", "a drawing of a house")
+"""What the loaded student and the trainer's are compared on; any prompts do."""
+
+
+def export_run(
+    trainer: Trainer, recipe: Recipe, folder: Path, prompts: Sequence[str] = (), pipeline: bool = True
+) -> Student:
+    """Writes the student, loads it back with stock diffusers and compares; the folder appears whole or not at all.
+
+    Args:
+        trainer: the run; its averaged weights are exported if it has them.
+        recipe: goes into `fastdiff.json` and the card.
+        folder: the student folder; an earlier student there is replaced.
+        prompts: of the card's sample grid.
+        pipeline: False writes a LoRA student's LoRA files only.
+
+    Raises:
+        ValueError: if a LoRA is asked of a full student.
+        LoadBackError: if stock diffusers does not give the trained student back; nothing is left then.
+        OSError: if the folder cannot be written.
+    """
+    with trainer.student.evaluated(), tempfile.TemporaryDirectory(prefix=".export-", dir=trainer.folder) as scratch:
+        options = _options(trainer, recipe, pipeline)
+        if prompts:
+            options = _with_samples(trainer, options, prompts, Path(scratch))
+        student = trained_student(trainer)
+        report = export.export_student(
+            folder,
+            student,
+            trainer.teacher,
+            _record(trainer, recipe, student),
+            _predict(trainer),
+            trainer.teacher.encode(PROBE_PROMPTS, trainer.teacher.default_resolution).to(dtype=torch.float32),
+            lambda: fresh_pipeline(trainer.teacher, student, Path(scratch)),
+            options,
+        )
+    logger.info("student written to %s; loads back with error %.1e", folder, report.max_error)
+    return Student(folder)
+
+
+def prove_export(trainer: Trainer, recipe: Recipe) -> None:
+    """Exports the untrained student aside, loads it back and removes it, so that no run fails at its end."""
+    scratch = trainer.folder / ".export-check"
+    try:
+        export_run(trainer, recipe, scratch)
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+
+
+def trained_student(trainer: Trainer) -> export.Student:
+    """The student as the export room wants it."""
+    roles = trainer.networks.roles
+    return export.Student(
+        pipeline=trainer.teacher.pipeline,
+        network=roles.network("student"),
+        sampler=trainer.method.sampler(),
+        adapters={"student": 1.0} if roles.is_adapter("student") else {},
+        component=trainer.teacher.family.network_name,
+    )
+
+
+def fresh_pipeline(teacher: Teacher, student: export.Student, scratch: Path) -> Any:
+    """The teacher's pipeline anew: from where it came, or by way of a file if it was given as an object."""
+    if teacher.source:
+        return Teacher.from_pretrained(teacher.source, revision=teacher.revision).pipeline
+    from diffusers import DiffusionPipeline
+
+    base = export.Student(teacher.pipeline, teacher.network, student.sampler, component=student.component)
+    folder = export.save_pipeline(base, scratch / "teacher", guidance_free=False)
+    return DiffusionPipeline.from_pretrained(folder, local_files_only=True)
+
+
+def _record(trainer: Trainer, recipe: Recipe, student: export.Student) -> export.StudentRecord:
+    return export.StudentRecord(
+        method=trainer.method.info.name,
+        kind="lora" if student.adapters else "full",
+        teacher=trainer.teacher.identity(),
+        sampler=student.sampler,
+        recipe=recipe.to_dict(),
+    )
+
+
+def _predict(trainer: Trainer) -> Any:
+    """The trainer's student, computed in the type its weights are stored in."""
+    own = trainer.networks.denoiser
+    weight = next(own.roles.network("student").parameters())
+    denoiser = Denoiser(own.roles, own.family, own.schedule, own.kind, weight.dtype)
+
+    def predict(x_t: Tensor, t: Tensor, cond: Conditioning) -> Prediction:
+        inputs = trainer.method.sampling_inputs(denoiser, len(x_t), x_t.device)
+        return denoiser(x_t, t, cond, "student", **inputs)
+
+    return predict
+
+
+def _options(trainer: Trainer, recipe: Recipe, pipeline: bool) -> export.ExportOptions:
+    hub, teacher = recipe.build(HubOptions), trainer.teacher
+    license = export.License(hub.license) if hub.license else None
+    if license is None and teacher.source:
+        license = export.teacher_license(teacher.source, teacher.revision, hub.hub_token)
+    return export.ExportOptions(
+        pipeline=pipeline,
+        license=license,
+        repo_id=hub.hub_model_id or Path(recipe.values["output_dir"]).name,
+    )
+
+
+def _with_samples(
+    trainer: Trainer, options: export.ExportOptions, prompts: Sequence[str], scratch: Path
+) -> export.ExportOptions:
+    cond = trainer.teacher.encode(list(prompts), trainer.batches.resolution).to(trainer.device)
+    with torch.no_grad():
+        images = trainer.teacher.decode(sample_role(trainer, cond, trainer.method.sampler()))
+    write_grid(scratch / "grid.png", [images])
+    return dataclasses.replace(options, grid=scratch / "grid.png", prompt=prompts[0])

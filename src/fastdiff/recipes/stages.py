@@ -1,0 +1,58 @@
+"""Runs one after the other, each with its own folder, overrides and starting point."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from fastdiff.engine.checkpoints import Checkpoints
+from fastdiff.export.student import RECORD_FILE
+from fastdiff.recipes.recipe import Recipe, stage_recipe
+from fastdiff.recipes.run import RECIPE_FILE, run_recipe
+from fastdiff.recipes.student import Student
+
+logger = logging.getLogger(__name__)
+
+
+def run_stages(recipe: Recipe, data: Any = None) -> Student:
+    """Runs the stages of a recipe in `output_dir/stage-1-name/` and so on; returns the last one's student.
+
+    A stage's `init_from` and `teacher_from` name an earlier stage, or a folder. With `resume_from_checkpoint latest`
+    finished stages are skipped and an interrupted one goes on from its last checkpoint.
+    """
+    plan = list(zip(stage_folders(recipe), recipe.stages, strict=True))
+    named = {stage.get("name"): folder for folder, stage in plan}
+    prepared = [_prepared(recipe, stage, folder, named) for folder, stage in plan]  # all are checked before any runs
+    root = Path(recipe.values["output_dir"])
+    root.mkdir(parents=True, exist_ok=True)
+    recipe.write(root / RECIPE_FILE)
+    resuming = recipe.values["resume_from_checkpoint"] is not None
+    for own, (folder, _) in zip(prepared, plan):
+        if resuming and (folder / "student" / RECORD_FILE).is_file():
+            logger.info("%s is finished", folder.name)
+            continue
+        begun = Checkpoints(folder / "checkpoints", None).numbered()
+        run_recipe(own.changed(resume_from_checkpoint="latest" if resuming and begun else None), data=data)
+    return Student(plan[-1][0] / "student")
+
+
+def stage_folders(recipe: Recipe) -> list[Path]:
+    """`output_dir/stage-1-name`, ... in order; a stage without a name takes its method's."""
+    root = Path(recipe.values["output_dir"])
+    return [
+        root / f"stage-{number}-{stage.get('name') or stage.get('method', recipe.method)}"
+        for number, stage in enumerate(recipe.stages, 1)
+    ]
+
+
+def _prepared(recipe: Recipe, stage: Mapping[str, Any], folder: Path, named: Mapping[str, Path]) -> Recipe:
+    values: dict[str, Any] = {"output_dir": str(folder)}
+    if "init_from" in stage:
+        values["init_from"] = str(named.get(stage["init_from"], stage["init_from"]))
+    if "teacher_from" in stage:
+        source = named.get(stage["teacher_from"])
+        values["pretrained_teacher_model"] = str(source / "student" if source else stage["teacher_from"])
+    return stage_recipe(dataclasses.replace(recipe, stages=()), stage, **values)
