@@ -37,11 +37,11 @@ def test_both_files_load_in_a_stock_pipeline(trained, fresh, tmp_path):
     assert all(item.modules_loaded == layers for item in checks)
 
 
-def test_the_student_differs_from_the_teacher(trained, fresh, tmp_path):
+def test_the_student_differs_from_the_teacher(trained_sd, fresh, tmp_path):
     """Without this the comparisons above could not fail."""
-    files = save_lora(tmp_path, trained.student.network, {"student": 1e-9})
+    files = save_lora(tmp_path, trained_sd.student.network, {"student": 1e-9})
     with pytest.raises(LoadBackError, match="network output differs"):
-        LoadBackReport((check(trained, files.diffusers, fresh),)).require_ok()
+        LoadBackReport((check(trained_sd, files.diffusers, fresh),)).require_ok()
 
 
 @pytest.mark.parametrize("name", [DIFFUSERS_FILE, KOHYA_FILE])

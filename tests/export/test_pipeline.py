@@ -59,7 +59,7 @@ def test_one_step_at_399_needs_no_flag(trained_sd, tmp_path):
     assert torch.equal(run(timesteps=[399]), plain)
 
 
-@pytest.mark.parametrize("guidance_scale", [1.0, 7.5, 20.0])
+@pytest.mark.parametrize("guidance_scale", [1.0, 7.5])
 def test_guidance_is_ignored(trained_sd, tmp_path, guidance_scale):
     pipeline = DiffusionPipeline.from_pretrained(save_pipeline(trained_sd.student, tmp_path / "student"))
     pipeline.set_progress_bar_config(disable=True)

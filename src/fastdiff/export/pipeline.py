@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -76,14 +77,23 @@ def save_pipeline(
     """
     folder = Path(folder)
     check_replaceable(folder)
+    with whole_folder(folder) as aside:
+        write_pipeline(student, aside, dtype, guidance_free)
+    return folder
+
+
+def write_pipeline(
+    student: Student, folder: Path, dtype: torch.dtype | None = None, guidance_free: bool | None = None
+) -> None:
+    """As `save_pipeline`, straight into a folder that the caller renames when more has been added to it."""
     scheduler = student.scheduler()
     if guidance_free is None:
         guidance_free = student.ignores_guidance()
     network = _bare_network(student, dtype, guidance_free)
     pipeline = _with_components(student.pipeline, {student.component: network, "scheduler": scheduler})
-    with whole_folder(folder) as aside:
-        pipeline.save_pretrained(aside, safe_serialization=True)
-    return folder
+    pipeline.save_pretrained(folder, safe_serialization=True)
+    for path in folder.rglob("*.json"):
+        _forget_origin(path)
 
 
 def check_replaceable(folder: Path) -> None:
@@ -96,6 +106,15 @@ def check_replaceable(folder: Path) -> None:
     occupied = folder.exists() and (not folder.is_dir() or any(folder.iterdir()))
     if occupied and not any((folder / name).is_file() for name in known):
         raise FileExistsError(f"{folder} exists and is not an exported student; give another folder or remove it.")
+
+
+def _forget_origin(path: Path) -> None:
+    """Drops the folder a component was once loaded from, which diffusers and transformers write into configs."""
+    if path.name not in ("model_index.json", "config.json"):
+        return
+    config = json.loads(path.read_text(encoding="utf-8"))
+    if config.pop("_name_or_path", None) is not None:
+        path.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
 
 def _may_embed_guidance(config: Mapping[str, Any]) -> bool:
