@@ -182,6 +182,13 @@ def test_cut_altered_and_missing_files_are_named(tmp_path, name):
         CacheReader(folder)
 
 
+def test_a_writer_does_not_go_on_behind_a_cut_shard(tmp_path):
+    path = _write(tmp_path / "c") / "shard-00000.safetensors"
+    path.write_bytes(path.read_bytes()[:-1])
+    with pytest.raises(CacheError, match=r"shard-00000.safetensors has"):
+        CacheWriter(tmp_path / "c", META)
+
+
 def test_a_broken_header_is_named_even_unverified(tmp_path):
     folder = _write(tmp_path / "c")
     path = folder / "shard-00001.safetensors"
@@ -244,10 +251,11 @@ def test_a_damaged_index(tmp_path, change, message):
         CacheReader(folder)
 
 
-def test_a_read_only_folder_is_an_os_error_and_leaves_nothing(tmp_path, monkeypatch):
+def test_a_full_disk_is_an_os_error_and_leaves_nothing(tmp_path, monkeypatch):
     from safetensors import SafetensorError
 
-    def full(*_):
+    def full(_, path):
+        path.write_bytes(b"half of it")
         raise SafetensorError("No space left on device")
 
     monkeypatch.setattr("fastdiff.data.cache_writer.save_file", full)

@@ -78,7 +78,7 @@ class CacheWriter:
         for name, tensor in tensors.items():
             _check_finite(tensor, f"the null conditioning's {name!r}")
         self._index.null = self._save(
-            {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, NULL
+            {name: tensor.detach().to("cpu", copy=True).contiguous() for name, tensor in tensors.items()}, NULL
         )
         self._index.complete = False
         write_index(self.folder, self._index)
