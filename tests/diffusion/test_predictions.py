@@ -101,6 +101,9 @@ def test_precision(sd):
         assert value.dtype == torch.float32
         torch.testing.assert_close(value.double(), getattr(exact, name), rtol=1e-5, atol=1e-5)
     assert prediction_target("v_prediction", sd, x, x, 3).dtype == torch.float32
+    for pair in ((x, x.double()), (x.double(), x)):  # one float64 is enough
+        assert prediction_target("epsilon", sd, *pair, 3).dtype == torch.float64
+        assert guide(*pair, 2.0).dtype == torch.float64
 
 
 def test_gradients_flow_through_conversions(sd, randn):

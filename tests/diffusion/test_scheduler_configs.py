@@ -29,6 +29,12 @@ def test_tables_are_those_of_diffusers(settings):
     assert schedule.zero_terminal_snr == bool(settings.get("rescale_betas_zero_snr"))
 
 
+def test_squared_cosine_betas_are_capped():
+    table = schedule_from_config({"beta_schedule": "squaredcos_cap_v2", "num_train_timesteps": 1000}).alphas_cumprod
+    betas = 1 - table[1:] / table[:-1]
+    assert abs(betas[-1].item() - 0.999) < 1e-12 and betas[-2] < 0.999
+
+
 def test_noising_is_that_of_diffusers(sd, sd_config):
     from diffusers import DDPMScheduler
 
