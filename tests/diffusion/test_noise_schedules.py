@@ -65,9 +65,13 @@ def test_derivatives_are_those_of_autograd(process):
         torch.testing.assert_close(slope(times), expected, rtol=1e-12, atol=1e-14)
 
 
-def test_derivatives_on_the_linear_pieces(zero_snr):
-    times = torch.tensor([-1.0, -0.5, 0.0, 500.5, 998.0, 998.5, 999.0], dtype=torch.float64)
-    for value, slope in ((zero_snr.alpha, zero_snr.d_alpha), (zero_snr.sigma, zero_snr.d_sigma)):
+@pytest.mark.parametrize("short", [False, True])
+def test_derivatives_on_the_linear_pieces(zero_snr, short):
+    """Both end pieces; on a short table each one, taken beyond its own interval, would be a root of a negative."""
+    schedule = VPSchedule([0.5, 0.4, 0.3, 0.0]) if short else zero_snr
+    last = schedule.t_max
+    times = torch.tensor([-1.0, -0.5, 0.0, last / 2, last - 1, last - 0.5, last], dtype=torch.float64)
+    for value, slope in ((schedule.alpha, schedule.d_alpha), (schedule.sigma, schedule.d_sigma)):
         t = times.clone().requires_grad_(True)
         (expected,) = torch.autograd.grad(value(t).sum(), t)
         torch.testing.assert_close(slope(times), expected, rtol=1e-12, atol=1e-16)
