@@ -91,11 +91,7 @@ def options_of(module: str, name: str) -> tuple[Option, ...]:
 def declared_methods() -> tuple[DeclaredMethod, ...]:
     """All methods in the order of `METHODS`."""
     listing = _Module.read("fastdiff.methods")
-    defaults = {
-        option.name: option.default
-        for option in options_of("methods.base", "MethodInfo")
-        if option.default is not REQUIRED
-    }
+    defaults = {option.name: option.default for option in options_of("methods.base", "MethodInfo")}
     return tuple(_method(listing, element.id, defaults) for element in listing.assigned["METHODS"].elts)
 
 

@@ -52,7 +52,7 @@ def export_run(
         if prompts:
             options = _with_samples(trainer, options, prompts, Path(scratch))
         student = trained_student(trainer)
-        report = export.export_student(
+        export.export_student(
             folder,
             student,
             trainer.teacher,
@@ -62,7 +62,6 @@ def export_run(
             lambda: fresh_pipeline(trainer.teacher, student, Path(scratch)),
             options,
         )
-    logger.info("student written to %s; loads back with error %.1e", folder, report.max_error)
     return Student(folder)
 
 
@@ -70,7 +69,9 @@ def prove_export(trainer: Trainer, recipe: Recipe) -> None:
     """Exports the untrained student aside, loads it back and removes it, so that no run fails at its end."""
     scratch = trainer.folder / ".export-check"
     try:
-        export_run(trainer, recipe, scratch)
+        student = export_run(trainer, recipe, scratch)
+        error = student.record.load_back["max_error"]
+        logger.info("the untrained student exports and loads back in stock diffusers (error %.1e)", error)
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
 

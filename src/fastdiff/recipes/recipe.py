@@ -16,6 +16,7 @@ from fastdiff.recipes.options import ALIASES, REFUSED, SECRET
 from fastdiff.recipes.translate import TRANSLATED, translate
 
 DEFAULT_METHOD = "dmd2"
+RECIPE_FILE = "recipe.yaml"
 STAGE_KEYS = ("name", "method", "init_from", "teacher_from")
 _EDGE = ("config", "method", "stages")
 T = TypeVar("T")
@@ -126,6 +127,21 @@ def stage_recipe(recipe: Recipe, stage: Mapping[str, Any], **values: Any) -> Rec
     known = {option.name for section in sections(method) for option in section.options}
     base = {name: value for name, value in recipe.values.items() if name in known}
     return _resolved(method, base | _canonical(own, {method}, "") | values)
+
+
+def run_folder_of(source: Path) -> Path:
+    """The run folder of a checkpoint `run/checkpoints/step-N`, or of itself.
+
+    Raises:
+        FileNotFoundError: if there is no recipe.yaml where it should be.
+    """
+    for folder in (source, source.parent.parent):
+        if (folder / RECIPE_FILE).is_file():
+            return folder
+    raise FileNotFoundError(
+        f"{source} is neither a run folder nor a checkpoint of one: {RECIPE_FILE} is missing. Give a run's "
+        "--output_dir, or checkpoints/step-N in it"
+    )
 
 
 def read_yaml(path: str | Path) -> dict[str, Any]:

@@ -18,13 +18,12 @@ from fastdiff.recipes.errors import RecipeError, RunInterrupted
 from fastdiff.recipes.exporting import export_run, prove_export
 from fastdiff.recipes.opening import open_data, open_teacher, prepare
 from fastdiff.recipes.options import DataOptions, HubOptions, TeacherOptions
-from fastdiff.recipes.recipe import Recipe, resolve
+from fastdiff.recipes.recipe import RECIPE_FILE, Recipe, resolve
 from fastdiff.recipes.starting import start_from
 from fastdiff.recipes.student import Student
 
 logger = logging.getLogger(__name__)
 
-RECIPE_FILE = "recipe.yaml"
 PREVIEW_PROMPTS = 8
 
 

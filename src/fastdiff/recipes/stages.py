@@ -10,8 +10,8 @@ from typing import Any
 
 from fastdiff.engine.checkpoints import Checkpoints
 from fastdiff.export.student import RECORD_FILE
-from fastdiff.recipes.recipe import Recipe, stage_recipe
-from fastdiff.recipes.run import RECIPE_FILE, run_recipe
+from fastdiff.recipes.recipe import RECIPE_FILE, Recipe, stage_recipe
+from fastdiff.recipes.run import run_recipe
 from fastdiff.recipes.student import Student
 
 logger = logging.getLogger(__name__)

@@ -8,8 +8,9 @@ from typing import Any
 import torch
 
 from fastdiff.export.lora import DIFFUSERS_FILE
-from fastdiff.export.student import read_record
+from fastdiff.export.student import RECORD_FILE, read_record
 from fastdiff.models.teacher import Teacher
+from fastdiff.recipes.errors import RecipeError
 
 
 class Student:
@@ -44,6 +45,27 @@ class Student:
     def pipeline(self, dtype: torch.dtype = torch.float32, device: torch.device | str | None = None) -> Any:
         """A stock diffusers pipeline with the trained scheduler; a folder of LoRA files goes on its teacher."""
         return load_pipeline(self.folder, dtype, device)
+
+
+def call_settings(folder: str | Path, steps: int | None = None, guidance_scale: float | None = None) -> dict[str, Any]:
+    """Arguments of a pipeline's call: what is given, else what the student in `folder` was trained for.
+
+    A folder that is no student is not guided unless `guidance_scale` is given.
+
+    Raises:
+        FileNotFoundError: if there is no such folder.
+        RecipeError: if the folder is no student and no number of steps is given, or if that is below 1.
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise FileNotFoundError(f"no folder {folder}: give a pipeline folder or a student folder")
+    call = Student(folder).call if (folder / RECORD_FILE).is_file() else {"guidance_scale": 0.0}
+    given = {"num_inference_steps": steps, "guidance_scale": guidance_scale}
+    call |= {name: value for name, value in given.items() if value is not None}
+    if call.get("num_inference_steps", 0) < 1:
+        found = f"got {steps}" if steps is not None else f"and {folder} is no student that knows it"
+        raise RecipeError(f"--num_inference_steps must be at least 1, {found}")
+    return call
 
 
 def load_pipeline(
