@@ -87,14 +87,19 @@ def test_unscaled_start_is_said_in_the_comfyui_section(tmp_path):
     assert "use diffusers" in text and "sgm_uniform" not in text
 
 
-def test_licence_is_inherited(tmp_path, tiny_sd_folder):
+def test_licence_is_inherited(tmp_path, tiny_sd_folder, monkeypatch):
     assert teacher_license(tiny_sd_folder) is None
     assert teacher_license("nobody/no-such-teacher") is None
+    monkeypatch.setattr("fastdiff.export.card.ASSETS", tmp_path)
+    assert teacher_license("embedded") is None
     (tmp_path / "README.md").write_text(
         "---\nlicense: other\nlicense_name: own\nlicense_link: https://x.y/l\n---\n\nHi\n"
     )
     found = teacher_license(tmp_path)
     assert found == License("other", "own", "https://x.y/l")
+    (tmp_path / "teacher").mkdir()
+    (tmp_path / "README.md").rename(tmp_path / "teacher" / "README.md")
+    assert teacher_license("embedded") == found
     (tmp_path / "student").mkdir()
     data = card_of(tmp_path / "student", license=found).data
     assert (data.license, data.license_name, data.license_link) == ("other", "own", "https://x.y/l")

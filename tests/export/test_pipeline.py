@@ -1,16 +1,19 @@
 """A student's pipeline folder is loaded by plain diffusers and samples as the trainer does."""
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
 from diffusers import DiffusionPipeline, LCMScheduler, StableDiffusionPipeline
 from safetensors.torch import load_file, save_file
 
+from fastdiff.diffusion.prediction import Prediction
 from fastdiff.export.loadback import LoadBackError, LoadBackReport, check_pipeline, make_probe
 from fastdiff.export.pipeline import Student, save_pipeline
 from fastdiff.export.weights import student_state
 from fastdiff.models.denoiser import Denoiser
+from fastdiff.models.embeddings import with_guidance_input
 from fastdiff.models.roles import FullSpec, Roles
 from fastdiff.models.sampler import SamplerSpec
 from fastdiff.models.teacher import Teacher
@@ -82,6 +85,25 @@ def test_guidance_can_be_kept(trained_sd, tmp_path):
 def test_a_student_with_guidance_keeps_it(trained_sd):
     sampler = SamplerSpec.trailing("ddim", 4, guidance_scale=3.0)
     assert not Student(trained_sd.teacher.pipeline, trained_sd.student.network, sampler).ignores_guidance()
+
+
+def test_a_trained_guidance_embedding_is_fed_the_trained_scale(tiny_sd, tmp_path):
+    teacher = Teacher(tiny_sd)
+    network = with_guidance_input(teacher.network)
+    with torch.no_grad():
+        network.time_embedding.cond_proj.weight.normal_(0, 0.1)
+    sampler = replace(SamplerSpec.lcm_grid(2), guidance_scale=4.0)
+    embedding = tiny_sd.get_guidance_scale_embedding(torch.tensor([3.0]), embedding_dim=256)
+
+    def predict(x, t, cond):
+        native = teacher.family.call(network, x, t, cond, timestep_cond=embedding)
+        return Prediction(native, "epsilon", x, t, teacher.schedule)
+
+    probe = make_probe(predict, teacher.encode(["ab"], 32), (4, 16, 16), sampler, teacher.schedule)
+    folder = save_pipeline(Student(tiny_sd, network, sampler), tmp_path / "student")
+    assert not check_pipeline(folder, probe, sampler, teacher.family).problems()
+    other = replace(sampler, guidance_scale=8.0)
+    assert check_pipeline(folder, probe, other, teacher.family).problems()
 
 
 def test_frozen_weights_are_not_copied(trained_sd):

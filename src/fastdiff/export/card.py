@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from fastdiff.export import card_text
 from fastdiff.export.lora import DIFFUSERS_FILE, KOHYA_FILE
 from fastdiff.export.student import StudentRecord
+from fastdiff.models.teacher import ASSETS, EMBEDDED
 
 if TYPE_CHECKING:
     from huggingface_hub import EvalResult, ModelCardData
@@ -41,16 +42,18 @@ def teacher_license(source: str | Path, revision: str | None = None, token: str 
     """The licence in the teacher's own model card; None when there is no card, or no licence in it.
 
     Args:
-        source: a pipeline folder (its README.md is read) or a Hub id (its card, from the cache when offline).
+        source: a pipeline folder (its README.md is read), "embedded", or a Hub id (its card, from the cache when
+            offline).
         revision: of the Hub repository.
         token: for private teachers.
     """
     from huggingface_hub import ModelCard, hf_hub_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OfflineModeIsEnabled
 
-    path = Path(source) / CARD_FILE
+    folder = ASSETS / "teacher" if str(source) == EMBEDDED else Path(source)
+    path = folder / CARD_FILE
     if not path.is_file():
-        if Path(source).exists():
+        if folder.exists() or str(source) == EMBEDDED:
             return None
         try:
             path = Path(hf_hub_download(str(source), CARD_FILE, revision=revision, token=token))

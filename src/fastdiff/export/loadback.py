@@ -124,7 +124,8 @@ def make_probe(
     """Asks the trainer's own student; costs 2 network calls a step.
 
     Args:
-        predict: (x_t, t, conditioning) -> the student's unguided prediction.
+        predict: (x_t, t, conditioning) -> the student's prediction: unguided, or with `sampler.guidance_scale` fed to its
+            guidance embedding if it has a trained one.
         conditioning: a few prompts' worth; `len(conditioning)` samples are made.
         latent_shape: (C, H, W) of one latent.
         sampler: the trained sampler.
@@ -159,9 +160,7 @@ def check_pipeline(
 
     with _bad_warnings() as caught:
         pipeline = DiffusionPipeline.from_pretrained(folder, local_files_only=True)
-    network = getattr(pipeline, family.network_name)
-    call = {} if network.config.get("time_cond_proj_dim") else {"guidance_scale": sampler.guidance_scale}
-    return _compare("pipeline", pipeline, probe, sampler, family, tolerance, (0, 0), call, tuple(caught))
+    return _compare("pipeline", pipeline, probe, sampler, family, tolerance, (0, 0), tuple(caught))
 
 
 def check_lora(
@@ -198,9 +197,8 @@ def check_lora(
         for strength in sorted({s for layer in loaded for s in layer.scaling.values()} - {1.0})
     ]
     saved = count_modules(path) if expected_modules is None else expected_modules
-    call = {"guidance_scale": sampler.guidance_scale}
     counts = (saved, len(loaded))
-    return _compare(path.name, pipeline, probe, sampler, family, tolerance, counts, call, tuple(caught))
+    return _compare(path.name, pipeline, probe, sampler, family, tolerance, counts, tuple(caught))
 
 
 @torch.no_grad()
@@ -212,7 +210,6 @@ def _compare(
     family: Family,
     tolerance: float,
     counts: tuple[int, int],
-    call: dict[str, Any],
     caught: tuple[str, ...],
 ) -> LoadBackCheck:
     pipeline.set_progress_bar_config(disable=True)
@@ -220,8 +217,9 @@ def _compare(
     dtype = next(network.parameters()).dtype
     cond = probe.conditioning.to(dtype=dtype)
     x = probe.noise.to(dtype)
+    inputs, call = _guidance(pipeline, network, sampler, len(x))
     network_error = max(
-        _error(family.call(network, x, time.expand(len(x)), cond), expected)
+        _error(family.call(network, x, time.expand(len(x)), cond, **inputs), expected)
         for time, expected in zip(probe.times, probe.outputs, strict=True)
     )
     made = pipeline(
@@ -233,6 +231,25 @@ def _compare(
         **call,
     ).images
     return LoadBackCheck(name, network_error, _error(made, probe.sample), *counts, caught, tolerance)
+
+
+def _guidance(
+    pipeline: DiffusionPipeline, network: nn.Module, sampler: SamplerSpec, rows: int
+) -> tuple[dict[str, Tensor], dict[str, float]]:
+    """Inputs of the network and arguments of the pipeline that stand for the guidance the probe was made with.
+
+    A trained guidance embedding is fed the sampler's scale; one that only switches guidance off is left to the
+    pipeline's default, to prove that it does; a network without one is compared unguided.
+    """
+    size = network.config.get("time_cond_proj_dim")
+    if not size:
+        return {}, {"guidance_scale": 0.0}
+    if sampler.guidance_scale <= 1:
+        return {}, {}
+    strength = torch.full((rows,), sampler.guidance_scale - 1)
+    embedding = pipeline.get_guidance_scale_embedding(strength, embedding_dim=size)
+    weight = next(network.parameters())
+    return {"timestep_cond": embedding.to(weight.dtype)}, {"guidance_scale": sampler.guidance_scale}
 
 
 def _prompt_inputs(cond: Conditioning) -> dict[str, Any]:
