@@ -56,10 +56,29 @@ def write_kernel_latents(vae, rows: Rows, output: Path, seed: int) -> None:
     (output / "kernel_latents.json").write_text(json.dumps(facts, indent=2) + "\n")
 
 
+def write_real(vae, tower: ClipTower, data: Path, references: Path, facts: dict) -> None:
+    """Features of the reconstructions of both held-out halves."""
+    for split in ("test", "validation"):
+        images = to_bytes(reconstruct(vae, Rows(data, split).unit())[0])
+        features = ImageFeatures.of(images, tower, source=f"reconstructions of {split}", **facts)
+        features.save(references / f"emoji-{split}.npz")
+
+
+def write_teacher(pipeline, tower: ClipTower, prompts: list[str], references: Path, seed: int, facts: dict) -> None:
+    """Features of the teacher's samples; ``seed`` is of a stream that no protocol uses."""
+    seeds = sample_seeds(seed, "reference", len(prompts))
+    images = generate(pipeline, prompts, seeds, 50, 1.0, batch_size=125, extra={"height": 32, "width": 32}).images
+    source = "teacher, 50 DDIM steps, w = 1, test prompts"
+    ImageFeatures.of(images, tower, source=source, seed=seed, **facts).save(references / "teacher-50-w1.npz")
+
+
 def main() -> None:
     flags = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     for name in ("data", "teacher", "towers", "prompts", "output"):
         flags.add_argument(f"--{name}", type=Path, required=True)
+    flags.add_argument(
+        "--parts", nargs="+", choices=("real", "kernel", "teacher"), default=("real", "kernel", "teacher")
+    )
     flags.add_argument(
         "--seed", type=int, default=77, help="of the teacher's samples; differs from the protocols' own"
     )
@@ -67,22 +86,20 @@ def main() -> None:
     torch.set_num_threads(1)
 
     tower = ClipTower.from_folder(settings.towers / "measuring")
-    pipeline = load_pipeline(settings.teacher)
-    codec = sha256(settings.teacher / "vae" / "diffusion_pytorch_model.safetensors")
-    facts = {"resolution": 32, "autoencoder_sha256": codec}
-    references = settings.output / "references"
-    for split in ("test", "validation"):
-        images = to_bytes(reconstruct(pipeline.vae, Rows(settings.data, split).unit())[0])
-        features = ImageFeatures.of(images, tower, source=f"reconstructions of {split}", **facts)
-        features.save(references / f"emoji-{split}.npz")
-    lines = (settings.prompts / "emoji_test.jsonl").read_text().splitlines()
-    prompts = [json.loads(line)["prompt"] for line in lines]
-    seeds = sample_seeds(settings.seed, "reference", len(prompts))
-    images = generate(pipeline, prompts, seeds, 50, 1.0, batch_size=125, extra={"height": 32, "width": 32}).images
-    unet = sha256(settings.teacher / "unet" / "diffusion_pytorch_model.safetensors")
-    facts |= {"source": "teacher, 50 DDIM steps, w = 1, test prompts", "unet_sha256": unet, "seed": settings.seed}
-    ImageFeatures.of(images, tower, **facts).save(references / "teacher-50-w1.npz")
-    write_kernel_latents(pipeline.vae, Rows(settings.data, "train"), settings.output, seed=0)
+    pipeline, references = load_pipeline(settings.teacher), settings.output / "references"
+    facts = {"resolution": 32}
+    for part in ("vae", "unet"):
+        facts[f"{part}_sha256"] = sha256(settings.teacher / part / "diffusion_pytorch_model.safetensors")
+    if "real" in settings.parts:
+        write_real(
+            pipeline.vae, tower, settings.data, references, {k: v for k, v in facts.items() if k != "unet_sha256"}
+        )
+    if "kernel" in settings.parts:
+        write_kernel_latents(pipeline.vae, Rows(settings.data, "train"), settings.output, seed=0)
+    if "teacher" in settings.parts:
+        lines = (settings.prompts / "emoji_test.jsonl").read_text().splitlines()
+        prompts = [json.loads(line)["prompt"] for line in lines]
+        write_teacher(pipeline, tower, prompts, references, settings.seed, facts)
 
 
 if __name__ == "__main__":

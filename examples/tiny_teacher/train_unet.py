@@ -40,13 +40,13 @@ PREVIEW = (
     "an animal",
     "a fruit",
     "a smiling face",
-    "flag of france",
+    "flag of japan",
     "red heart",
 )
 PREVIEW += (
     "automobile, twemoji style",
     "dog face, noto style",
-    "tree",
+    "deciduous tree",
     "house, fluent flat style",
     "a person at work",
 )
