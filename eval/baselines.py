@@ -1,4 +1,4 @@
-"""Makes the shipped rows again: the floor, the teacher and the best undistilled samplings, and the teacher's features.
+"""Makes the shipped rows again: the floor, the teacher and the best undistilled samplings.
 
 python eval/baselines.py --teacher src/fastdiff/assets/teacher
 """
@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-from fastdiff.evaluation import floor_row, format_table, load_pipeline, open_protocol, teacher_features
+from fastdiff.evaluation import floor_row, format_table, load_pipeline, open_protocol
 from fastdiff.evaluation.baselines import (
     SHIPPED,
     Sampling,
@@ -21,7 +21,6 @@ from fastdiff.evaluation.baselines import (
     score_sampling,
     search,
 )
-from fastdiff.evaluation.benchmark import REFERENCES
 from fastdiff.evaluation.protocol import EMOJI, EMOJI_VALIDATION
 
 
@@ -31,14 +30,11 @@ def main() -> None:
     parser.add_argument("--calls", type=int, nargs="+", default=[1, 2, 4, 8])
     parser.add_argument("--count", type=int, default=500, help="validation prompts for the first ranking")
     parser.add_argument("--output", type=Path, default=SHIPPED)
-    parser.add_argument("--keep_reference", action="store_true", help="use the teacher's features already there")
     parser.add_argument("--threads", type=int, default=1)
     flags = parser.parse_args()
     torch.set_num_threads(flags.threads)
     pipeline = load_pipeline(flags.teacher)
     command = " ".join(["python", "eval/baselines.py", *sys.argv[1:]])
-    if not flags.keep_reference:
-        teacher_features(pipeline, open_protocol(EMOJI)).save(REFERENCES / EMOJI.teacher)
     test, validation = open_protocol(EMOJI), open_protocol(EMOJI_VALIDATION)
     rows, record = [floor_row(test), score_sampling(pipeline, test, Sampling("DDIM", 50), "teacher")], []
 

@@ -118,8 +118,9 @@ def search(
         if (sampling, n) not in tried:
             seeds = sample_seeds(validation.protocol.seed, "samples", n)
             changed, prompts = with_sampling(pipeline, sampling), validation.prompts[:n]
-            scale = sampling.guidance_scale
-            samples = generate(changed, prompts, seeds, sampling.steps, scale, batch_size, progress=False)
+            scale, side = sampling.guidance_scale, validation.protocol.resolution
+            size = {"height": side, "width": side}
+            samples = generate(changed, prompts, seeds, sampling.steps, scale, batch_size, size, progress=False)
             found = ImageFeatures.of(samples.images, validation.extractor, validation.protocol.resize)
             tried[sampling, n] = frechet_distance(found.features, against.features)
         return tried[sampling, n]

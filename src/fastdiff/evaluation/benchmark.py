@@ -66,6 +66,7 @@ def open_protocol(
     reference: str | Path | None = None,
     extractor_weights: str | Path | None = None,
     clip_weights: str | Path | None = None,
+    teacher: str | Path | None = None,
 ) -> Benchmark:
     """Loads what a protocol needs; the arguments give (or replace) files that do not ship with fastdiff.
 
@@ -75,6 +76,7 @@ def open_protocol(
         reference: features (.npz) or a folder of images.
         extractor_weights: Inception weights, or the folder of another measuring tower.
         clip_weights: open_clip checkpoint of ``protocol.clip``; without it there is no CLIP score.
+        teacher: features of the teacher's own samples (``teacher_features(...).save``), for ``fid_to_teacher``.
 
     Raises:
         FileNotFoundError: a needed file was not given or does not exist; the message says what to fetch.
@@ -105,7 +107,7 @@ def open_protocol(
         clip=clip,
         reference=_reference(_needed(reference or _shipped(p.reference), "reference", p), extractor, p),
         floor=_optional(p.floor, extractor, p),
-        teacher=_optional(p.teacher, extractor, p),
+        teacher=_reference(Path(teacher), extractor, p) if teacher else _optional(p.teacher, extractor, p),
         retrieval=_retrieval(listed, read_prompts(folder / p.retrieval)) if folder and p.retrieval else None,
         diversity=tuple(line["prompt"] for line in read_prompts(folder / p.diversity))
         if folder and p.diversity

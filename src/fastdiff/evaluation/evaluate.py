@@ -53,7 +53,9 @@ def evaluate(
     bench = protocol if isinstance(protocol, Benchmark) else open_protocol(protocol)
     pipeline = load_pipeline(pipeline)
     seed = bench.protocol.seed if seed is None else seed
-    common = {"guidance_scale": guidance_scale, "batch_size": batch_size, "extra": extra, "progress": progress}
+    side, extra = bench.protocol.resolution, extra or {}
+    call = {"height": side, "width": side, **extra}
+    common = {"guidance_scale": guidance_scale, "batch_size": batch_size, "extra": call, "progress": progress}
     seeds = sample_seeds(seed, "samples", len(bench.prompts))
     samples = generate(pipeline, bench.prompts, seeds, steps, description=name, **common)
     _check_resolution(samples, bench)
@@ -74,7 +76,7 @@ def evaluate(
         settings={
             **bench.settings(),
             "seed": seed,
-            "extra": {k: repr(v) for k, v in (extra or {}).items()},
+            "extra": {k: repr(v) for k, v in extra.items()},
             "scheduler": _plain(dict(pipeline.scheduler.config)),
             "dtype": str(pipeline.dtype).removeprefix("torch."),
             "device": str(pipeline.device),
@@ -159,8 +161,9 @@ def teacher_features(
     """Features of the teacher's own samples, for ``fid_to_teacher``; from a noise stream no scored sample shares."""
     pipeline = load_pipeline(pipeline)
     seeds = sample_seeds(bench.protocol.seed, "teacher reference", len(bench.prompts))
+    size = {"height": bench.protocol.resolution, "width": bench.protocol.resolution}
     samples = generate(
-        pipeline, bench.prompts, seeds, steps, guidance_scale, batch_size, description="teacher reference"
+        pipeline, bench.prompts, seeds, steps, guidance_scale, batch_size, size, description="teacher reference"
     )
     facts = {"steps": steps, "guidance_scale": guidance_scale, "solver": type(pipeline.scheduler).__name__}
     return ImageFeatures.of(
@@ -201,8 +204,8 @@ def _check_resolution(samples: Samples, bench: Benchmark) -> None:
     size, wanted = tuple(samples.images.shape[-2:]), bench.protocol.resolution
     if size != (wanted, wanted):
         raise ValueError(
-            f"the pipeline makes {size[1]}x{size[0]} images, {bench.protocol.name} is for {wanted}x{wanted}; pass "
-            "extra={'height': ..., 'width': ...} or choose another protocol"
+            f"the pipeline makes {size[1]}x{size[0]} images, {bench.protocol.name} is for {wanted}x{wanted}; choose "
+            "another protocol, or leave height and width out of extra"
         )
 
 
