@@ -85,6 +85,15 @@ def test_moments():
     assert abs(uniform.var().item() - 1 / 12) < 4 * (1 / 180 / n) ** 0.5
 
 
+@pytest.mark.parametrize("word", [0, 2**32 - 1])
+def test_extreme_words_stay_inside(monkeypatch, word):
+    monkeypatch.setattr(Randomness, "_words", lambda self, site, count: torch.full((2, -(-count // 4), 4), word))
+    r = Randomness(0, 0, torch.arange(2))
+    assert (0 < r.uniform("u")).all() and (r.uniform("u") < 1).all()
+    assert r.normal("n", (4,)).isfinite().all() and r.normal("n", (4,), torch.float64).isfinite().all()
+    assert (r.integers("k", 3, 8) == (3 if word == 0 else 7)).all()
+
+
 @pytest.mark.parametrize("change", ["site", "step", "seed", "high seed", "indices", "lag"])
 def test_independence(change):
     n, size = 100, 1000

@@ -65,6 +65,8 @@ def test_adversarial_values():
     zero, real, fake = torch.zeros(4, 1), torch.tensor([2.0, -1.0]), torch.tensor([0.5, -3.0])
     assert abs(generator_softplus(zero).item() - math.log(2)) < 1e-7
     assert abs(discriminator_softplus(zero, zero).item() - 2 * math.log(2)) < 1e-6
+    expected = (math.log1p(math.exp(-0.5)) + math.log1p(math.exp(3.0))) / 2
+    assert abs(generator_softplus(fake).item() - expected) < 1e-6
     assert abs(generator_hinge(fake).item() - 1.25) < 1e-7
     # relu(1 + fake) = (1.5, 0), relu(1 - real) = (0, 2)
     assert abs(discriminator_hinge(real, fake).item() - (0.75 + 1.0)) < 1e-7

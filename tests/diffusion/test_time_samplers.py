@@ -33,7 +33,7 @@ def test_uniform_index_covers_both_ends_equally():
     assert times.dtype == torch.int64
     values, counts = times.unique(return_counts=True)
     assert values.tolist() == list(range(20, 981)) and counts.unique().tolist() == [8]
-    assert sampler.times(torch.tensor(1 - 2**-24, dtype=torch.float32)).item() == 980
+    assert sampler.times(torch.tensor([1 - 2**-24, 1.0])).tolist() == [980, 980]
 
 
 def test_logit_normal_quantiles():

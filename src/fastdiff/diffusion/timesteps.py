@@ -198,7 +198,7 @@ class Segments:
 
 def _pick(u: Tensor, count: int) -> Tensor:
     """The index of 0..count-1 that each uniform draw stands for."""
-    return (u * count).long().clamp_max(count - 1)  # a product just below count may round up to it
+    return (u * count).long().clamp_max(count - 1)  # the quantile 1 belongs to the last
 
 
 def _check(valid: bool, message: str) -> None:
