@@ -89,7 +89,7 @@ def test_moments():
 def test_extreme_words_stay_inside(monkeypatch, word):
     monkeypatch.setattr(Randomness, "_words", lambda self, site, count: torch.full((2, -(-count // 4), 4), word))
     r = Randomness(0, 0, torch.arange(2))
-    assert (0 < r.uniform("u")).all() and (r.uniform("u") < 1).all()
+    assert (r.uniform("u") > 0).all() and (r.uniform("u") < 1).all()
     assert r.normal("n", (4,)).isfinite().all() and r.normal("n", (4,), torch.float64).isfinite().all()
     assert (r.integers("k", 3, 8) == (3 if word == 0 else 7)).all()
 
