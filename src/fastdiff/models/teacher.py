@@ -20,6 +20,7 @@ from fastdiff.models.families import Family, family_of
 
 EMBEDDED = "embedded"
 ASSETS = Path(__file__).resolve().parents[1] / "assets"
+_SIGNS_PER_TENSOR = 4096
 
 
 class TeacherLike(Protocol):
@@ -150,13 +151,19 @@ class Teacher:
 
 
 def fingerprint(network: nn.Module) -> str:
-    """A short hash over config, names, shapes and a slice of every weight: equal weights hash equal in any dtype."""
-    digest = hashlib.sha256(json.dumps(dict(network.config), sort_keys=True, default=str).encode())
+    """A short hash over config, names, shapes and the signs of a sample of every weight.
+
+    Signs survive rounding to any dtype, also where small weights underflow; rounded values would not. Where the weights
+    were loaded from and by which version of diffusers does not count.
+    """
+    config = {key: value for key, value in dict(network.config).items() if not key.startswith("_")}
+    digest = hashlib.sha256(json.dumps(config, sort_keys=True, default=str).encode())
     for name, tensor in network.state_dict().items():
         if "lora_" in name:
             continue
         digest.update(f"{name.replace('base_layer.', '')}{tuple(tensor.shape)}".encode())
-        digest.update(tensor.flatten()[:16].to(torch.bfloat16).float().cpu().numpy().tobytes())
+        values = tensor.flatten()[:: tensor.numel() // _SIGNS_PER_TENSOR + 1]
+        digest.update(values.signbit().cpu().numpy().tobytes())
     return digest.hexdigest()[:16]
 
 
