@@ -16,19 +16,17 @@ DESCRIPTION = """Distils a teacher. Options come from defaults, then --config, t
 Options of another method: fastdiff distill --method NAME --help."""
 
 
-def main(arguments: list[str], default_method: str | None = None) -> int:
-    """Runs the verb; `default_method` is what the scripts in `training/` are about."""
+def main(arguments: list[str]) -> int:
+    """Runs the verb."""
     edge = Parser("distill", DESCRIPTION, add_help=False)
     _add_edge(edge)
     known, _ = edge.parse_known_args(arguments)
     written = read_yaml(known.config) if known.config else {}
-    method = str(known.method or written.get("method") or default_method or DEFAULT_METHOD)
+    method = str(known.method or written.get("method") or DEFAULT_METHOD)
     stages = written.get("stages") or ()
     methods = [method, *(str(s.get("method", method)) for s in stages if isinstance(s, dict))]
     flags = _parse(list(dict.fromkeys(methods)), arguments)
     config = flags.pop("config")
-    if flags["method"] is None and "method" not in written:
-        flags["method"] = method
     given = {name: value for name, value in flags.items() if name != "method" or value is not None}
 
     from fastdiff.recipes.recipe import resolve

@@ -13,6 +13,7 @@ from fastdiff.recipes.exporting import export_run
 from fastdiff.recipes.opening import open_teacher
 from fastdiff.recipes.options import TeacherOptions
 from fastdiff.recipes.recipe import RECIPE_FILE, resolve, run_folder_of
+from fastdiff.recipes.starting import last_checkpoint
 from fastdiff.recipes.student import Student
 
 
@@ -34,6 +35,8 @@ def export_checkpoint(source: str | Path, output: str | Path, pipeline: bool = T
     source, output = Path(source), Path(output)
     run = run_folder_of(source)
     recipe = resolve({}, run / RECIPE_FILE)
+    if source == run and last_checkpoint(run) is None:
+        raise FileNotFoundError(f"{run} holds no finished checkpoint; train it first (`fastdiff distill`)")
     check_replaceable(output)
     writable_folder(output.parent)
     settings = recipe.changed(output_dir=str(output.parent), report_to="none").build(Settings)
@@ -47,15 +50,6 @@ def export_checkpoint(source: str | Path, output: str | Path, pipeline: bool = T
         settings,
         accelerator=accelerator,
     )
-    checkpoint = source if source != run else _last_checkpoint(run)
+    checkpoint = source if source != run else last_checkpoint(run)
     trainer.checkpoints.load(trainer, checkpoint)
     return export_run(trainer, recipe, output, pipeline=pipeline)
-
-
-def _last_checkpoint(run: Path) -> Path:
-    from fastdiff.engine.checkpoints import Checkpoints
-
-    found = Checkpoints(run / "checkpoints", None).numbered()
-    if not found:
-        raise FileNotFoundError(f"{run} holds no finished checkpoint; train it first (`fastdiff distill`)")
-    return found[-1]

@@ -10,7 +10,6 @@ from typing import Any
 
 from fastdiff.data import TrainingData
 from fastdiff.engine import Settings, Trainer
-from fastdiff.engine.checkpoints import Checkpoints
 from fastdiff.engine.previews import Previews
 from fastdiff.methods import method_named
 from fastdiff.models.teacher import Teacher
@@ -19,7 +18,7 @@ from fastdiff.recipes.exporting import export_run, prove_export
 from fastdiff.recipes.opening import open_data, open_teacher, prepare
 from fastdiff.recipes.options import DataOptions, HubOptions, TeacherOptions
 from fastdiff.recipes.recipe import RECIPE_FILE, Recipe, resolve
-from fastdiff.recipes.starting import start_from
+from fastdiff.recipes.starting import last_checkpoint, start_from
 from fastdiff.recipes.student import Student
 
 logger = logging.getLogger(__name__)
@@ -132,10 +131,10 @@ def upload(folder: Path, recipe: Recipe) -> None:
 
 
 def _refuse_mixing(folder: Path, settings: Settings) -> None:
-    found = Checkpoints(folder / "checkpoints", None).numbered()
+    found = last_checkpoint(folder)
     if found and not settings.resume_from_checkpoint:
         raise RecipeError(
-            f"output_dir {folder} already holds a run (up to {found[-1].name}): go on with --resume_from_checkpoint "
+            f"output_dir {folder} already holds a run (up to {found.name}): go on with --resume_from_checkpoint "
             "latest, or give another --output_dir"
         )
 

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from fastdiff.engine.checkpoints import Checkpoints
+from fastdiff.engine.files import writable_folder
 from fastdiff.export.student import RECORD_FILE
 from fastdiff.recipes.recipe import RECIPE_FILE, Recipe, stage_recipe
 from fastdiff.recipes.run import run_recipe
+from fastdiff.recipes.starting import last_checkpoint
 from fastdiff.recipes.student import Student
 
 logger = logging.getLogger(__name__)
@@ -27,15 +29,16 @@ def run_stages(recipe: Recipe, data: Any = None) -> Student:
     named = {stage.get("name"): folder for folder, stage in plan}
     prepared = [_prepared(recipe, stage, folder, named) for folder, stage in plan]  # all are checked before any runs
     root = Path(recipe.values["output_dir"])
-    root.mkdir(parents=True, exist_ok=True)
-    recipe.write(root / RECIPE_FILE)
+    if os.environ.get("RANK", "0") == "0":
+        writable_folder(root)
+        recipe.write(root / RECIPE_FILE)
     resuming = recipe.values["resume_from_checkpoint"] is not None
     for own, (folder, _) in zip(prepared, plan):
         if resuming and (folder / "student" / RECORD_FILE).is_file():
             logger.info("%s is finished", folder.name)
             continue
-        begun = Checkpoints(folder / "checkpoints", None).numbered()
-        run_recipe(own.changed(resume_from_checkpoint="latest" if resuming and begun else None), data=data)
+        go_on = resuming and last_checkpoint(folder) is not None
+        run_recipe(own.changed(resume_from_checkpoint="latest" if go_on else None), data=data)
     return Student(plan[-1][0] / "student")
 
 

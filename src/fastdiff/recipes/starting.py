@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor
 
+from fastdiff.engine.checkpoints import STATE, Checkpoints
+
 if TYPE_CHECKING:
     from fastdiff.engine import Trainer
 
@@ -19,8 +21,8 @@ def start_from(trainer: Trainer, source: str | None) -> None:
 
     Args:
         trainer: a run that has not begun.
-        source: a checkpoint `checkpoints/step-N` (all roles and modules it shares with this run are taken), a
-            student folder (the student is taken), a run folder (its student), or None.
+        source: a checkpoint `checkpoints/step-N` (all roles and modules it shares with this run are taken), a run
+            folder (its last checkpoint), a student folder (the student alone is taken), or None.
 
     Raises:
         FileNotFoundError: if it is none of these.
@@ -29,11 +31,17 @@ def start_from(trainer: Trainer, source: str | None) -> None:
     if source is None:
         return
     folder = Path(source)
-    if (folder / "state.json").is_file():
-        _from_checkpoint(trainer, folder)
+    checkpoint = folder if (folder / STATE).is_file() else last_checkpoint(folder)
+    if checkpoint is not None:
+        _from_checkpoint(trainer, checkpoint)
         return
-    folder = folder / "student" if (folder / "student").is_dir() else folder
     trainer.networks.roles.load_state_dict("student", student_weights(trainer, folder))
+
+
+def last_checkpoint(run: Path) -> Path | None:
+    """The newest numbered checkpoint of a run folder, or None."""
+    found = Checkpoints(run / "checkpoints", None).numbered()
+    return found[-1] if found else None
 
 
 def student_weights(trainer: Trainer, folder: Path) -> dict[str, Tensor]:
