@@ -10,6 +10,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from fastdiff.data.files import write_aside
+
 
 @contextlib.contextmanager
 def whole_folder(target: Path) -> Iterator[Path]:
@@ -33,9 +35,8 @@ def whole_folder(target: Path) -> Iterator[Path]:
 
 def write_json(path: Path, value: Any) -> None:
     """Writes JSON aside and renames it."""
-    aside = path.with_name(f".{path.name}.partial")
-    aside.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
-    os.replace(aside, path)
+    with write_aside(path) as aside:
+        aside.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
 
 
 def _sync(path: Path) -> None:
