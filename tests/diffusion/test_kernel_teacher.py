@@ -116,6 +116,8 @@ def test_samples_come_from_the_group_with_equal_weights(kernel, latents):
     torch.testing.assert_close(drawn, latents[:4].repeat_interleave(3, dim=0), rtol=0, atol=0)
     drawn = kernel.sample(torch.ones(12, 2, 2, 2).double(), u, torch.full((12,), 5))
     torch.testing.assert_close(drawn, latents[7:].repeat_interleave(6, dim=0) + 0.2, rtol=1e-13, atol=1e-13)
+    last = kernel.sample(torch.zeros(1, 2, 2, 2).double(), torch.ones(1), torch.zeros(1, dtype=torch.int64))
+    torch.testing.assert_close(last, latents[3:4], rtol=0, atol=0)  # the quantile 1 belongs to the last mode
     free = kernel.sample(torch.zeros(18, 2, 2, 2).double(), (torch.arange(18) + 0.5) / 18)
     torch.testing.assert_close(free, latents.repeat_interleave(2, dim=0), rtol=0, atol=0)
 

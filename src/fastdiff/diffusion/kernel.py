@@ -65,7 +65,7 @@ class KernelTeacher:
         """Data from normal ``z`` (B, ...) and uniform ``u`` (B,), which picks a mode of each sample's group."""
         flat = z.flatten(1).to(compute_dtype(z))
         allowed = (~self._excluded(labels, flat)).long()
-        rank = (u * allowed.sum(1)).long().clamp(min=0).minimum(allowed.sum(1) - 1)
+        rank = (u * allowed.sum(1)).long().minimum(allowed.sum(1) - 1)
         mode = ((allowed.cumsum(1) - 1 == rank[:, None]) & (allowed == 1)).long().argmax(1)
         return (self._modes.like(flat)[mode] + self.bandwidth * flat).reshape(z.shape)
 
