@@ -28,7 +28,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--teacher", type=Path, required=True)
     parser.add_argument("--calls", type=int, nargs="+", default=[1, 2, 4, 8])
-    parser.add_argument("--count", type=int, default=500, help="validation prompts for the first ranking")
+    parser.add_argument("--count", type=int, default=300, help="validation prompts for the first ranking")
     parser.add_argument("--output", type=Path, default=SHIPPED)
     parser.add_argument("--threads", type=int, default=1)
     flags = parser.parse_args()
@@ -38,10 +38,11 @@ def main() -> None:
     test, validation = open_protocol(EMOJI), open_protocol(EMOJI_VALIDATION)
     rows, record = [floor_row(test), score_sampling(pipeline, test, Sampling("DDIM", 50), "teacher")], []
 
-    guided = candidates(100, guidance=(1.5, 2.0, 3.0), starts=(999,))
-    tried = search(pipeline, validation, guided, validation.reference, min(flags.count, 250), finalists=1)
-    rows.append(score_sampling(pipeline, test, tried[0], "teacher-guided"))
-    record += [{"row": "teacher-guided", **line} for line in tried[1]]
+    guided = candidates(50, guidance=(1.5, 2.0, 3.0), starts=(999,))  # as many calls as the teacher's row
+    options = {"count": flags.count, "finalists": 1, "solvers": ("DDIM",)}
+    chosen, tried = search(pipeline, validation, guided, validation.reference, **options)
+    rows.append(score_sampling(pipeline, test, chosen, "teacher-guided"))
+    record += [{"row": "teacher-guided", **line} for line in tried]
     save_rows(flags.output, rows, command, tried=record)
     for calls in flags.calls:
         found, lines = baseline_rows(pipeline, test, validation, calls, count=flags.count)

@@ -9,6 +9,7 @@ import pytest
 
 from fastdiff.evaluation import get_protocol, open_protocol
 from fastdiff.evaluation.benchmark import prompts_folder, read_prompts
+from fastdiff.evaluation.metrics import cosines
 from fastdiff.evaluation.protocol import COCO_DMD2, EMOJI, EMOJI_VALIDATION, Protocol
 
 
@@ -49,6 +50,23 @@ def test_opening_with_own_files(files, tower_folder):
     assert bench.prompts[3] == "thing 3" and len(bench.prompts) == 10 and bench.groups[0] == "g"
     assert bench.clip is bench.extractor and len(bench.reference) == 12 and bench.teacher is None
     assert bench.settings()["reference_sha256"] == bench.reference.manifest["sha256"]
+
+
+def test_another_tower_is_another_protocol(files, tower_folder):
+    prompts, reference = files
+    protocol = Protocol("own", n=10, resolution=32, extractor_sha256="0" * 64)
+    with pytest.raises(ValueError, match="needs another name"):
+        open_protocol(protocol, prompts=prompts, reference=reference, extractor_weights=tower_folder)
+
+
+@pytest.mark.parametrize("name", ["emoji-2k/tower-v1", "emoji-2k-validation/tower-v1"])
+def test_shipped_protocols_open(name):
+    bench = open_protocol(name)
+    assert len(bench.prompts) == len(bench.reference) == len(bench.floor) == 2000
+    captions = bench.clip.text_features(bench.prompts[:200])
+    matched = cosines(bench.floor.features[:200], captions).mean()
+    shifted = cosines(bench.floor.features[:200], captions.roll(1, 0)).mean()
+    assert matched > shifted + 0.3  # row i of the floor is the image behind prompt i
 
 
 def test_too_few_prompts_are_refused(files, tower_folder):

@@ -96,15 +96,16 @@ def search(
     validation: Benchmark,
     options: Sequence[Sampling],
     against: ImageFeatures,
-    count: int = 500,
-    finalists: int = 3,
+    count: int = 300,
+    finalists: int = 2,
+    solvers: Sequence[str] = SOLVERS,
     batch_size: int = 100,
     progress: bool = True,
 ) -> tuple[Sampling, list[dict]]:
     """The sampling with the least Frechet distance to ``against`` on validation prompts, and what was tried.
 
-    Guidance and start time are ranked on the first ``count`` prompts; the best ``finalists`` are tried with every
-    solver there, and the best of those on all prompts.
+    Guidance and start time are ranked on the first ``count`` prompts; the best ``finalists`` are tried with all
+    ``solvers`` there, and the best of those on all prompts.
 
     Raises:
         ValueError: no options.
@@ -131,8 +132,8 @@ def search(
 
     first = min(count, len(validation.prompts))
     kept = best(options, first, finalists)
-    kept = best([replace(s, solver=solver) for s in kept for solver in SOLVERS], first, finalists)
-    chosen = best(kept, len(validation.prompts), 1)[0]
+    kept = best([replace(s, solver=solver) for s in kept for solver in solvers], first, finalists)
+    chosen = kept[0] if len(kept) == 1 else best(kept, len(validation.prompts), 1)[0]
     return chosen, [{**asdict(s), "n": n, "distance": value} for (s, n), value in tried.items()]
 
 
@@ -194,7 +195,7 @@ def load_rows(path: str | Path, bench: Benchmark | None = None) -> list[Row]:
     rows = [Row.from_dict(content) for content in json.loads(path.read_text(encoding="utf-8"))["rows"]]
     wanted = bench.settings() if bench else {}
     for row in rows:
-        for key in ("protocol", "extractor_sha256", "reference_sha256"):
+        for key in ("protocol", "extractor_sha256", "reference_sha256", "teacher_sha256"):
             if bench and row.settings.get(key) != wanted[key]:
                 raise ValueError(
                     f"{path}: row {row.name} has {key} = {row.settings.get(key)}, this benchmark has {wanted[key]}; "

@@ -94,6 +94,11 @@ def open_protocol(
         extractor = InceptionFeatures(_needed(extractor_weights, "extractor_weights", p))
     else:
         extractor = ClipTower.from_folder(extractor_weights or MEASURING_TOWER)
+    if p.extractor_sha256 not in (None, extractor.sha256):
+        raise ValueError(
+            f"{p.name} is defined by extractor weights {p.extractor_sha256}, got {extractor.sha256}; "
+            "other weights make another protocol, which needs another name"
+        )
     clip: ClipTower | None = None
     if p.clip == "measuring-tower" and isinstance(extractor, ClipTower):
         clip = extractor

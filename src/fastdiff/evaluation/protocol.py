@@ -13,7 +13,7 @@ class Protocol:
     """Settings of an evaluation. File names are resolved by ``open_protocol``; None means the user gives the file.
 
     name: what every number carries; prompts: prompt list; n: samples; resolution: of the generated images; resize:
-    before the feature extractor; extractor: "measuring-tower" or "inception"; clip: "measuring-tower" or an open_clip
+    before the feature extractor; extractor: "measuring-tower" or "inception"; extractor_sha256: of its weights; clip: "measuring-tower" or an open_clip
     name; clip_prefix: put before each caption; reference: features of real images, disjoint from those behind the
     prompts; floor: features of the real images behind the prompts, in their order; teacher: features of the teacher's
     own samples; seed: of the samples (every stream of noise comes from it and a stream name, so samples never share
@@ -27,6 +27,7 @@ class Protocol:
     prompts: str | None = None
     resize: Resize = NO_RESIZE
     extractor: str = "measuring-tower"
+    extractor_sha256: str | None = None
     clip: str = "measuring-tower"
     clip_prefix: str = ""
     reference: str | None = None
@@ -45,6 +46,7 @@ EMOJI = Protocol(
     n=2000,
     resolution=32,
     prompts="emoji_test.jsonl",
+    extractor_sha256="5996e4f0e45666943b18bd67806b5a7bc7be3b2a671fa96eaaa3e478e6cfe6a2",
     # The other half is the reference: the floor row (real images behind the prompts) then is what a perfect model gets
     reference="emoji-validation.npz",
     floor="emoji-test.npz",
