@@ -7,6 +7,7 @@ import shutil
 from pathlib import Path
 from typing import Any, Protocol
 
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -33,15 +34,16 @@ class Checkpoints:
         self.total_limit = total_limit
 
     def save(self, run: Checkpointable, name: str) -> Path:
-        """Writes `folder/name` and drops the oldest numbered checkpoints above the limit."""
+        """Writes `folder/name` and drops the oldest numbered checkpoints above the limit.
+
+        Raises:
+            OSError: if it cannot be written, e.g. on a full disk; earlier checkpoints stay.
+        """
         target = self.folder / name
         groups = run.tensor_groups()
         with whole_folder(target) as aside:
             for group, tensors in groups.items():
-                save_file(
-                    {key: value.detach().cpu().contiguous() for key, value in tensors.items()},
-                    aside / f"{group}.safetensors",
-                )
+                _save(tensors, aside / f"{group}.safetensors")
             write_json(aside / STATE, run.json_state() | {"groups": sorted(groups)})
         self._drop_old()
         return target
@@ -86,3 +88,13 @@ class Checkpoints:
             return
         for path in self.numbered()[: -self.total_limit or None]:
             shutil.rmtree(path)
+
+
+def _save(tensors: dict[str, Tensor], path: Path) -> None:
+    try:
+        save_file({key: value.detach().cpu().contiguous() for key, value in tensors.items()}, path)
+    except SafetensorError as error:
+        raise OSError(
+            f"checkpoint {path.parent.name} could not be written ({error}). Free some space or give another "
+            "--output_dir; earlier checkpoints are whole."
+        ) from error

@@ -20,18 +20,11 @@ class GroupOptimizer:
     """
 
     def __init__(self, name: str, parameters: Sequence[nn.Parameter], group: Group, settings: Settings) -> None:
-        from diffusers.optimization import get_scheduler
-
         self.name = name
         self.parameters = list(parameters)
         self.max_grad_norm = settings.max_grad_norm
         self.optimizer = _adam(self.parameters, group, settings)
-        self.schedule = get_scheduler(
-            settings.lr_scheduler,
-            self.optimizer,
-            num_warmup_steps=settings.lr_warmup_steps,
-            num_training_steps=settings.max_train_steps,
-        )
+        self.schedule = _schedule(self.optimizer, settings)
 
     def step(self) -> Tensor:
         """Clips, steps and clears the gradients; returns the norm before clipping."""
@@ -75,6 +68,20 @@ class GroupOptimizer:
 
     def _factors(self) -> list[tuple[float, Any]]:
         return list(zip(self.schedule.base_lrs, self.schedule.lr_lambdas))
+
+
+def _schedule(optimizer: torch.optim.Optimizer, settings: Settings) -> torch.optim.lr_scheduler.LambdaLR:
+    from diffusers.optimization import SchedulerType, get_scheduler
+
+    names = [kind.value for kind in SchedulerType]
+    if settings.lr_scheduler not in names:
+        raise ValueError(f"lr_scheduler {settings.lr_scheduler!r} is unknown; choose from {', '.join(names)}")
+    return get_scheduler(
+        settings.lr_scheduler,
+        optimizer,
+        num_warmup_steps=settings.lr_warmup_steps,
+        num_training_steps=settings.max_train_steps,
+    )
 
 
 def _adam(parameters: list[nn.Parameter], group: Group, settings: Settings) -> torch.optim.Optimizer:

@@ -69,6 +69,9 @@ class Settings:
     def __post_init__(self) -> None:
         for name in _POSITIVE:
             _check(name, getattr(self, name), "a positive finite number", lambda value: 0 < value < float("inf"))
+        for name in _POSITIVE_IF_GIVEN:
+            if getattr(self, name) is not None:
+                _check(name, getattr(self, name), "a positive finite number", lambda value: 0 < value < float("inf"))
         for name in _NOT_NEGATIVE:
             _check(name, getattr(self, name), "a finite number of at least 0", lambda value: 0 <= value < float("inf"))
         for name in _FRACTIONS:
@@ -79,6 +82,7 @@ _POSITIVE = (
     *("train_batch_size", "gradient_accumulation_steps", "lora_rank", "learning_rate", "adam_epsilon"),
     *("max_grad_norm", "checkpointing_steps", "validation_steps", "log_every"),
 )
+_POSITIVE_IF_GIVEN = ("resolution", "lora_alpha", "fake_score_lora_rank", "checkpoints_total_limit")
 _NOT_NEGATIVE = ("max_train_steps", "lr_warmup_steps", "adam_weight_decay", "seed", "dataloader_num_workers")
 _FRACTIONS = ("adam_beta1", "adam_beta2", "ema_decay")
 

@@ -41,22 +41,26 @@ class Tracker:
             tracker.log(values, step=step)
 
 
-def _start(settings: Settings, folder: Path) -> list[Any]:
-    """Starts accelerate's tracker by name.
+def tracker_class(name: str) -> Any:
+    """accelerate's tracker of that name; None for `none`.
 
     Raises:
         ValueError: if it is unknown or not installed.
     """
-    if settings.report_to == "none":
-        return []
+    if name == "none":
+        return None
     from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
 
     available = [str(tracker) for tracker in get_available_trackers()]
-    if settings.report_to not in available:
-        raise ValueError(
-            f"report_to {settings.report_to!r} is unknown or not installed; available: {', '.join(available)}, none"
-        )
-    kind = LOGGER_TYPE_TO_CLASS[settings.report_to]
+    if name not in available:
+        raise ValueError(f"report_to {name!r} is unknown or not installed; available: {', '.join(available)}, none")
+    return LOGGER_TYPE_TO_CLASS[name]
+
+
+def _start(settings: Settings, folder: Path) -> list[Any]:
+    kind = tracker_class(settings.report_to)
+    if kind is None:
+        return []
     project = settings.tracker_project_name
     tracker = kind(project, folder) if kind.requires_logging_directory else kind(project)
     tracker.start()

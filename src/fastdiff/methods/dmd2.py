@@ -60,6 +60,8 @@ class DMD2Config:
         check_not_negative(guidance_scale=self.guidance_scale, gan_weight=self.gan_weight)
         check_not_negative(gan_discriminator_weight=self.gan_discriminator_weight, min_timestep=self.min_timestep)
         check_positive(student_update_every=self.student_update_every)
+        if self.fake_score_learning_rate is not None:
+            check_positive(fake_score_learning_rate=self.fake_score_learning_rate)
         if self.max_timestep < self.min_timestep:
             raise ValueError(
                 f"max_timestep ({self.max_timestep}) must not be below min_timestep ({self.min_timestep})"
