@@ -29,6 +29,10 @@ class Section:
     title: str
     options: tuple[Option, ...]
 
+    def names(self) -> list[str]:
+        """The options' names."""
+        return [option.name for option in self.options]
+
 
 @dataclass(frozen=True)
 class Recipe:
@@ -37,11 +41,13 @@ class Recipe:
     Args:
         method: the method's name.
         values: every option with its value.
+        given: the values that are not defaults of this method; what stages build on.
         stages: overrides of each stage, in order; empty for an ordinary run.
     """
 
     method: str
     values: Mapping[str, Any]
+    given: Mapping[str, Any] = dataclasses.field(default_factory=dict, compare=False)
     stages: tuple[Mapping[str, Any], ...] = ()
 
     def build(self, cls: type[T]) -> T:
@@ -53,12 +59,11 @@ class Recipe:
         return dataclasses.replace(self, values={**self.values, **values})
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON and YAML values; secrets are left out."""
-        values = {"method": self.method}
-        for section in sections(self.method):
-            values |= {option.name: _plain(self.values[option.name]) for option in section.options}
-        values = {name: value for name, value in values.items() if name not in SECRET}
-        return values | ({"stages": [dict(stage) for stage in self.stages]} if self.stages else {})
+        """JSON and YAML values, defaults included unless stages follow; secrets are left out."""
+        found = {name: self.values[name] for section in sections(self.method) for name in section.names()}
+        if self.stages:
+            found = {**self.given, "stages": [dict(stage) for stage in self.stages]}
+        return {"method": self.method} | {name: _plain(found[name]) for name in found if name not in SECRET}
 
     def write(self, path: Path) -> None:
         """Writes YAML aside and renames it; `--config` reads it again."""
@@ -116,16 +121,16 @@ def resolve(flags: Mapping[str, Any], config: str | Path | None = None) -> Recip
     base = _canonical(written, methods, f" in {where}")
     given = _canonical(flags, methods, "")
     recipe = _resolved(method, base | given)
-    checked = tuple(_check_stage(stage, method, where) for stage in stages)
-    return dataclasses.replace(recipe, stages=tuple(stage | _of_flags(stage, given) for stage in checked))
+    merged = tuple(_check_stage(stage, method, where) | _of_flags(stage, given) for stage in stages)
+    return dataclasses.replace(recipe, given=base | given, stages=merged)
 
 
 def stage_recipe(recipe: Recipe, stage: Mapping[str, Any], **values: Any) -> Recipe:
-    """The ordinary recipe of one stage: the base's values, the stage's overrides, then `values`."""
+    """The ordinary recipe of one stage: what the base was given, the stage's overrides, then `values`."""
     method = stage.get("method", recipe.method)
     own = {name: value for name, value in stage.items() if name not in STAGE_KEYS}
-    known = {option.name for section in sections(method) for option in section.options}
-    base = {name: value for name, value in recipe.values.items() if name in known}
+    known = {name for section in sections(method) for name in section.names()}
+    base = {name: value for name, value in recipe.given.items() if name in known}
     return _resolved(method, base | _canonical(own, {method}, "") | values)
 
 
@@ -177,7 +182,7 @@ def check_name(name: str, methods: Iterable[str], where: str) -> None:
     """
     if name in REFUSED:
         raise RecipeError(f"{name}{where} has no effect here: {REFUSED[name]}.")
-    known = {option.name for method in methods for section in sections(method) for option in section.options}
+    known = {name for method in methods for section in sections(method) for name in section.names()}
     if name in known or name in ALIASES or name in TRANSLATED:
         return
     owners = [method.name for method in declared_methods() if name in {option.name for option in method.options}]
@@ -230,4 +235,6 @@ def _of_flags(stage: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, A
 
 
 def _plain(value: Any) -> Any:
+    if isinstance(value, Path):
+        return str(value)
     return list(value) if isinstance(value, tuple) else value

@@ -11,6 +11,7 @@ from typing import Any
 from fastdiff.data import TrainingData
 from fastdiff.engine import Settings, Trainer
 from fastdiff.engine.previews import Previews
+from fastdiff.engine.tracking import tracker_class
 from fastdiff.methods import method_named
 from fastdiff.models.teacher import Teacher
 from fastdiff.recipes.errors import RecipeError, RunInterrupted
@@ -78,6 +79,7 @@ def run_recipe(recipe: Recipe, teacher: Any = None, data: Any = None) -> Student
     method = method_class(recipe.build(method_class.Config))
     folder = Path(settings.output_dir)
     _refuse_mixing(folder, settings)
+    tracker_class(settings.report_to)
     accelerator = Accelerator(mixed_precision="no")
     options = recipe.build(TeacherOptions)
     if teacher is None:
