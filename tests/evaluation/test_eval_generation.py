@@ -64,6 +64,14 @@ def test_each_prompt_is_encoded_once(tiny_sd):
     assert sum(seen) == len(set(PROMPTS))
 
 
+def test_long_captions_do_not_flood_the_terminal(tiny_sd, capfd):
+    from diffusers.utils import logging
+
+    before = logging.get_verbosity()
+    images(tiny_sd, 2, prompts=["a very long caption of more than sixteen characters"] * 2, steps=1)
+    assert "truncated" not in capfd.readouterr().err and logging.get_verbosity() == before
+
+
 def test_streams_and_seeds_do_not_meet():
     drawn = [
         s for seed in (0, 1) for stream in ("samples", "teacher reference") for s in sample_seeds(seed, stream, 500)

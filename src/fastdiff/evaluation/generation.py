@@ -143,12 +143,13 @@ class _PromptCache:
 
     @torch.no_grad()
     def _encode(self, prompts: list[str]) -> None:
-        outputs = self._pipeline.encode_prompt(
-            prompt=prompts,
-            device=self._pipeline._execution_device,
-            num_images_per_prompt=1,
-            do_classifier_free_guidance=self._guided,
-        )
+        with _errors_only():
+            outputs = self._pipeline.encode_prompt(
+                prompt=prompts,
+                device=self._pipeline._execution_device,
+                num_images_per_prompt=1,
+                do_classifier_free_guidance=self._guided,
+            )
         # SD: (positive, negative); SDXL: (positive, negative, pooled positive, pooled negative)
         positive, negative = outputs[0::2], outputs[1::2]
         self._known.update(zip(prompts, zip(*positive)))
@@ -196,6 +197,19 @@ def _row_counter(pipeline: Any) -> Iterator[list[int]]:
         yield rows
     finally:
         handle.remove()
+
+
+@contextmanager
+def _errors_only() -> Iterator[None]:
+    """Without diffusers' warning that quotes every caption longer than the text encoder's context."""
+    from diffusers.utils import logging
+
+    before = logging.get_verbosity()
+    logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(before)
 
 
 @contextmanager
