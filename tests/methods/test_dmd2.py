@@ -150,6 +150,33 @@ def test_guided_optimum_of_gaussians_with_one_covariance():
     assert max(student.A.grad.abs().max(), student.b.grad.abs().max()) < 1e-11
 
 
+@pytest.mark.parametrize(("weighted", "mean", "std"), [(False, 2.1324572, 0.0), (True, 1.4225620, 0.1956970)])
+def test_guided_fixed_points_in_one_dimension(monkeypatch, weighted, mean, std):
+    """Null N(0,1), condition N(1,.25), w = 3: guided scores are those of no diffused law.
+
+    So the fixed point depends on the weight: with that of the exact divergence a narrow law, with weight 1 a single
+    point; the guided probability-flow ODE gives 1.47 +- .12. Expectations over all times and noises are exact here.
+    """
+    t = torch.arange(20, 981).repeat_interleave(4)
+    levels = SD.alpha(t.double()), SD.sigma(t.double())
+    weight = (levels[0] / levels[1])[:, None, None, None] ** 2 if weighted else torch.ones(())
+    use_weight(monkeypatch, weight)
+    points = signs(2).repeat(961, 1)
+    laws = [Gaussian(f64([m]), f64([[s]])) for m, s in [(1.0, 0.25), (0.0, 1.0)]]
+
+    def gradient(b, a):
+        student = AffineGenerator(f64([[a]]), f64([b]))
+        denoiser = denoiser_of(LabelledGaussians(laws), student=student, fake_score=OracleFake(student))
+        ctx = context(denoiser, len(t), draws(points, 1, 0) | {"student/t": t})
+        method(guidance_scale=3.0).student_loss(batch_of(len(t), 1), ctx)["distribution_matching"].backward()
+        return student.b.grad.item(), student.A.grad.item()
+
+    by_mean, by_std = gradient(mean, std or 1e-3)
+    assert abs(by_mean) < 1e-6
+    assert by_std > 0 if std == 0 else abs(by_std) < 1e-5
+    assert gradient(mean + 0.1, std + 0.1)[0] > 1e-2 and gradient(mean + 0.1, std + 0.1)[1] > 1e-3
+
+
 # The fake score
 
 
@@ -440,50 +467,20 @@ def test_converges_to_the_teachers_law_with_an_exact_fake_score():
 
 
 @pytest.mark.slow
-def test_guided_fixed_point_collapses():
-    """Null N(0,1), condition N(1,.25), w = 3: the guided scores are those of no diffused law.
-
-    The guided probability-flow ODE gives 1.47 +- .12; distribution matching ends in a point beyond it. Where exactly
-    depends on the law of t and on the normaliser, so only the collapse and the side are asserted.
-    """
-    student = AffineGenerator(f64([[0.5]]), f64([1.0]))
-    laws = [Gaussian(f64([m]), f64([[s]])) for m, s in [(1.0, 0.25), (0.0, 1.0)]]
-    denoiser = denoiser_of(LabelledGaussians(laws), student=student, fake_score=OracleFake(student, 1e-10))
-    optimizer, schedule = adam(student.parameters(), 2e-2, 800)
-    guided = method(student_update_every=1, update_rule="exclusive", guidance_scale=3.0)
-    run(guided, denoiser, {"student": optimizer}, batch_of(64, 1), 800, lambda step: schedule.step())
-    assert student.b.item() > 1.47 + 3 * 0.12
-    assert student.A.abs().item() < 0.05
-
-
-def learned(steps, student_rate, fake_rate, every):
-    """Student and an affine fake score with ten time bins, both learned; the error of A A^T and of b."""
+def test_converges_with_a_learned_fake_score():
+    """An affine fake score with ten time bins, trained beside the student; the bins leave an error of a few percent."""
     torch.manual_seed(0)
-    student = AffineGenerator(A, B)
+    student, steps = AffineGenerator(A, B), 1000
     fake = AffinePerBin(2, [50 + 100 * k for k in range(10)])
     denoiser = denoiser_of(ExactNetwork(Gaussian(MU, COV), SD, "epsilon"), student=student, fake_score=fake)
-    batch = batch_of(256, 2)
-    warm, _ = adam(fake.parameters(), 1e-2, 1)
-    rule = method(student_update_every=every)
-    for step in range(300):  # the fake score starts as the student's own
+    batch, rule = batch_of(128, 2), method(student_update_every=2)
+    warm, _ = adam(fake.parameters(), 2e-2, 1)
+    for step in range(150):  # the fake score starts near the student's own
         loss = rule.critic_loss(batch, context(denoiser, len(batch), step=step, seed=1))["denoising"]
         loss.backward(inputs=list(fake.parameters()))
         warm.step()
         warm.zero_grad()
-    (one, a), (two, b) = adam(student.parameters(), student_rate, steps), adam(fake.parameters(), fake_rate, steps)
+    (one, a), (two, b) = adam(student.parameters(), 2e-2, steps), adam(fake.parameters(), 2e-2, steps)
     run(rule, denoiser, {"student": one, "fake_score": two}, batch, steps, lambda step: (a.step(), b.step()))
-    return (student.A @ student.A.T - COV).abs().max().item(), (student.b - MU).abs().max().item()
-
-
-@pytest.mark.slow
-def test_converges_with_a_learned_fake_score():
-    covariance, mean = learned(1500, 5e-3, 1e-2, every=5)
-    assert covariance < 0.06
-    assert mean < 0.06
-
-
-@pytest.mark.slow
-def test_a_fast_student_needs_several_fake_score_updates():
-    hurried, _ = learned(1000, 5e-2, 5e-3, every=1)
-    patient, _ = learned(1000, 5e-2, 5e-3, every=5)
-    assert patient < 0.6 * hurried
+    assert (student.A @ student.A.T - COV).abs().max() < 0.06
+    assert (student.b - MU).abs().max() < 0.06

@@ -212,7 +212,7 @@ def test_an_affine_student_per_grid_time_learns_the_product_map():
     denoiser = denoiser_of(ExactNetwork(LAW, SD, "epsilon"), student=student)
     optimizer = torch.optim.Adam(student.parameters(), 2e-2)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 6000, eta_min=1e-3)
-    batch = batch_of(160, 1, data(160))
+    batch = batch_of(80, 1, data(80))
     run(lcm, denoiser, {"student": optimizer}, batch, 6000, lambda step: schedule.step())
     x = f64([[-1.0], [2.0]])[:, :, None, None]
     f = lcm._consistency(denoiser(x, torch.full((2,), 999.0), batch.cond[:2], "student"))
