@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 from collections.abc import Iterable
 
 from fastdiff.cli.parsing import Parser, add_options, show_progress_only
@@ -36,6 +37,8 @@ def main(arguments: list[str]) -> int:
     from fastdiff.recipes.run import distill
 
     student = distill(config=config, **given)
+    if os.environ.get("RANK", "0") != "0":
+        return 0
     steps, guidance = student.call["num_inference_steps"], student.call["guidance_scale"]
     error = student.record.load_back["max_error"]
     print(f"student: {student.folder} ({student.kind}, steps {steps}, guidance_scale {guidance:g})")
