@@ -146,7 +146,7 @@ class DMD2(Method):
         x = ctx.store.get("x")
         if x is None:
             x = self._sample(batch, ctx, with_grad=False)
-        t = ctx.random.integers("critic/t", 0, 1000).float()
+        t = self._any_time(ctx, "critic")
         eps = ctx.random.normal("critic/eps", batch.latent_shape)
         schedule = ctx.denoiser.schedule
         x_t = schedule.add_noise(x, eps, t)
@@ -181,8 +181,12 @@ class DMD2(Method):
         t = ctx.random.integers(f"{site}/t", self.config.min_timestep, self.config.max_timestep + 1).float()
         return t, ctx.denoiser.schedule.add_noise(x, ctx.random.normal(f"{site}/eps", x.shape[1:]), t)
 
+    def _any_time(self, ctx: Context, site: str) -> Tensor:
+        """A time of the teacher's whole table for each sample."""
+        return ctx.random.integers(f"{site}/t", 0, int(ctx.denoiser.schedule.t_max) + 1).float()
+
     def _gan_input(self, x: Tensor, ctx: Context, site: str) -> tuple[Tensor, Tensor]:
-        t = ctx.random.integers(f"{site}/t", 0, 1000).float()
+        t = self._any_time(ctx, site)
         return t, ctx.denoiser.schedule.add_noise(x, ctx.random.normal(f"{site}/eps", x.shape[1:]), t)
 
     def _logits(self, x: Tensor, batch: Batch, ctx: Context, site: str) -> Tensor:
