@@ -417,6 +417,17 @@ def write_prompts(entries: list[Entry], splits: list[str], folder: Path, seed: i
     (folder / "emoji_diversity.txt").write_text("".join(f"{group}\n" for group, _ in groups))
 
 
+def write_training_table(entries: list[Entry], images: list[bytes], splits: list[str], path: Path, seed: int) -> None:
+    """The training split as methods read it: columns `image` and `text`, one caption an image at a drawn level."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    kept = [(entry, image) for entry, image, split in zip(entries, images, splits, strict=True) if split == "train"]
+    texts = [row["prompt"] for row in draw_prompts([entry for entry, _ in kept], seed)]
+    table = pa.table({"image": pa.array([image for _, image in kept], pa.binary()), "text": texts})
+    pq.write_table(table, path, compression="zstd")
+
+
 # --- the whole -------------------------------------------------------------------------------------------------------
 
 
@@ -430,7 +441,8 @@ def build_emoji_dataset(
     held_out: int = HELD_OUT,
     workers: int = 2,
 ) -> dict:
-    """Draw the set and write ``emoji.parquet``, the prompt lists and ``emoji.json`` (counts and settings).
+    """Draw the set; write ``emoji.parquet`` (everything), ``emoji_train.parquet`` (what methods train on), the prompt
+    lists and ``emoji.json`` (counts and settings).
 
     Args:
         packages: a ``node_modules`` folder holding ``@iconify-json/*`` and ``emojibase-data``.
@@ -464,6 +476,7 @@ def build_emoji_dataset(
     output.mkdir(parents=True, exist_ok=True)
     table = pa.table({"image": pa.array(images, pa.binary()), **columns, "split": splits})
     pq.write_table(table, output / "emoji.parquet", compression="zstd")
+    write_training_table(entries, images, splits, output / "emoji_train.parquet", seed + 4)
     write_prompts(entries, splits, Path(prompts) if prompts else output / "prompts", seed)
     facts = {
         "resolution": resolution,
