@@ -20,7 +20,16 @@ ROOT = Path(__file__).resolve().parents[1]
 RECIPE = ROOT / "training" / "recipes" / "embedded" / "dmd2_1step.yaml"
 BASELINES = ROOT / "eval" / "results" / "embedded_baselines.json"
 PROTOCOL = "emoji-2k/tower-v1"
-SHOWN = ("red apple", "a flower", "dog face, noto style", "red heart", "an animal", "house", "flag of japan", "a fruit")
+SHOWN = (
+    "red apple",
+    "a flower",
+    "dog face, noto style",
+    "red heart",
+    "an animal",
+    "house",
+    "flag of japan",
+    "a fruit",
+)
 
 
 def train(output_dir: Path, extra: list[str]) -> None:

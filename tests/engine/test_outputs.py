@@ -133,3 +133,14 @@ def test_settings_out_of_range_are_named(name, value):
 def test_unknown_trackers_are_refused(make_trainer):
     with pytest.raises(ValueError, match="report_to 'tensorbaord'"):
         make_trainer(report_to="tensorbaord").train()
+
+
+def test_learning_rates_follow_the_steps_of_the_run(make_trainer):
+    """A group that steps every second time still ends its schedule with the run."""
+    trainer = make_trainer(max_train_steps=4, lr_scheduler="linear", learning_rate=1.0)
+    rates = []
+    for batches in trainer.batches.steps(0):
+        trainer.train_step(batches)
+        rates.append({name: optimizer.schedule.get_last_lr()[0] for name, optimizer in trainer.optimizers.items()})
+    assert [rate["student"] for rate in rates] == pytest.approx([0.75, 0.5, 0.25, 0.0])
+    assert all(len(set(rate.values())) == 1 for rate in rates)

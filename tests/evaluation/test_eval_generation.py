@@ -69,6 +69,8 @@ def test_each_prompt_is_encoded_once(tiny_sd):
 def test_long_captions_do_not_flood_the_terminal(tiny_sd):
     from diffusers.utils import logging
 
+    original = logging.get_verbosity()
+    logging.set_verbosity_warning()  # other tests of the same process may have lowered it
     seen, before = [], logging.get_verbosity()
     handler = Handler()
     handler.emit = seen.append
@@ -78,6 +80,7 @@ def test_long_captions_do_not_flood_the_terminal(tiny_sd):
     assert not seen and logging.get_verbosity() == before
     tiny_sd(long[0], num_inference_steps=1)
     logging.remove_handler(handler)
+    logging.set_verbosity(original)
     assert "truncated" in seen[0].getMessage()  # diffusers itself does warn
 
 

@@ -57,7 +57,7 @@ def writable_folder(path: Path) -> Path:
         path.mkdir(parents=True, exist_ok=True)
         probe = path / ".fastdiff-write-test"
         probe.write_bytes(b"0")
-        probe.unlink()
+        probe.unlink(missing_ok=True)  # several processes may test at once
     except OSError as error:
         raise OSError(
             f"output folder {path} cannot be written ({error.strerror}). Give another --output_dir."

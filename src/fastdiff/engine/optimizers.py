@@ -34,8 +34,11 @@ class GroupOptimizer:
         self.optimizer.found_inf = (~norm.isfinite()).float()
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
-        self.schedule.step()
         return norm
+
+    def end_step(self) -> None:
+        """Advances the learning rate; schedules count the run's steps, also those in which the group rests."""
+        self.schedule.step()
 
     def state_tensors(self) -> dict[str, Tensor]:
         """The optimizer's tensors as `index.key`, in the order of the parameters."""

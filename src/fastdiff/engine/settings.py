@@ -42,7 +42,7 @@ class Settings:
 
     learning_rate: float = setting(1e-4, "student's learning rate (1e-4 suits LoRA, 1e-6 to 1e-5 full students)")
     lr_scheduler: str = setting("constant_with_warmup", "any schedule of diffusers.optimization.get_scheduler")
-    lr_warmup_steps: int = setting(0, "optimizer steps of warm-up")
+    lr_warmup_steps: int = setting(0, "steps of warm-up")
     adam_beta1: float = setting(0.9, "Adam beta 1")
     adam_beta2: float = setting(0.999, "Adam beta 2")
     adam_weight_decay: float = setting(1e-2, "decoupled weight decay")

@@ -148,6 +148,8 @@ class Trainer:
                 norm = self.optimizers[group].step()
                 self.metrics.add(f"grad_norm/{group}", norm, self.step + 1)
                 self._follow(group)
+        for optimizer in self.optimizers.values():
+            optimizer.end_step()
         self.step += 1
 
     def _loss(self, update: Update, batch: Batch, store: dict[str, Any]) -> Tensor:
