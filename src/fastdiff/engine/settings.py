@@ -61,6 +61,7 @@ class Settings:
     resume_from_checkpoint: str | None = setting(None, "'latest' or a checkpoint folder")
     validation_prompts: tuple[str, ...] = setting((), "prompts of the previews; some of the data's if not given")
     validation_steps: int = setting(200, "steps between previews and validations")
+    validation_samples: int = setting(64, "samples behind the number that picks checkpoints/best; 0 keeps no best")
     report_to: str = setting("tensorboard", "tracker: tensorboard, wandb, trackio ... or none")
     tracker_project_name: str = setting("fastdiff", "project name at the tracker")
     log_every: int = setting(10, "steps between reads of the metrics, the only host synchronisation")
@@ -83,7 +84,14 @@ _POSITIVE = (
     *("max_grad_norm", "checkpointing_steps", "validation_steps", "log_every"),
 )
 _POSITIVE_IF_GIVEN = ("resolution", "lora_alpha", "fake_score_lora_rank", "checkpoints_total_limit")
-_NOT_NEGATIVE = ("max_train_steps", "lr_warmup_steps", "adam_weight_decay", "seed", "dataloader_num_workers")
+_NOT_NEGATIVE = (
+    "max_train_steps",
+    "lr_warmup_steps",
+    "adam_weight_decay",
+    "seed",
+    "dataloader_num_workers",
+    "validation_samples",
+)
 _FRACTIONS = ("adam_beta1", "adam_beta2", "ema_decay")
 
 

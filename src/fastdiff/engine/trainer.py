@@ -202,7 +202,8 @@ class Trainer:
         if self.validate is None:
             return
         with self.student.evaluated():
-            score = self.validate(self)
+            # Averaged, so that all processes agree on which checkpoint is best.
+            score = global_mean(torch.tensor(self.validate(self), device=self.device)).item()
         tracker.log({"validation": score}, self.step)
         if self.best is None or score < self.best:
             self.best = score

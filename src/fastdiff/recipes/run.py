@@ -12,6 +12,7 @@ from fastdiff.data import TrainingData
 from fastdiff.engine import Settings, Trainer
 from fastdiff.engine.previews import Previews
 from fastdiff.engine.tracking import tracker_class
+from fastdiff.engine.validation import FeatureMoments
 from fastdiff.methods import method_named
 from fastdiff.models.teacher import Teacher
 from fastdiff.recipes.errors import RecipeError, RunInterrupted
@@ -97,6 +98,7 @@ def run_recipe(recipe: Recipe, teacher: Any = None, data: Any = None) -> Student
             accelerator=accelerator,
             on_preview=Previews(prompts),
             on_start=lambda trainer, _: trainer.is_main and prove_export(trainer, recipe),
+            validate=validation(opened, settings.validation_samples),
         )
         start_from(trainer, options.init_from)
     if trainer.is_main:
@@ -105,6 +107,11 @@ def run_recipe(recipe: Recipe, teacher: Any = None, data: Any = None) -> Student
     if outcome != "done":
         raise RunInterrupted(outcome, folder, trainer.step)
     return _finish(trainer, recipe, prompts)
+
+
+def validation(data: TrainingData, samples: int) -> FeatureMoments | None:
+    """What picks the best checkpoint; nothing if no samples are wanted."""
+    return FeatureMoments(some_prompts(data, samples)) if samples else None
 
 
 def some_prompts(data: TrainingData, count: int = PREVIEW_PROMPTS) -> list[str]:
