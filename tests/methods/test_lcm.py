@@ -29,6 +29,7 @@ from fastdiff.models.denoiser import Denoiser
 from fastdiff.models.embeddings import guidance_embedding, with_guidance_input
 from fastdiff.models.families import StableDiffusion
 from fastdiff.models.roles import FullSpec, Roles
+from fastdiff.models.sampler import consistency
 from fastdiff.models.teacher import Teacher
 
 MU, S = 1.3, 0.49
@@ -92,15 +93,15 @@ def test_at_index_zero_the_consistency_function_is_its_input_bit_for_bit(tiny_sd
     with torch.no_grad():
         at_zero = denoiser(x, torch.zeros(2), cond, "teacher")
         later = denoiser(x, torch.full((2,), 19.0), cond, "teacher")
-    assert torch.equal(method()._consistency(at_zero), x)
-    assert not torch.allclose(method()._consistency(later), x, atol=1e-3)
+    assert torch.equal(consistency(at_zero, 10.0), x)
+    assert not torch.allclose(consistency(later, 10.0), x, atol=1e-3)
 
 
 def test_boundary_weights_at_the_first_grid_time():
     x, zero = torch.ones(1, 1, 1, 1, dtype=torch.float64), torch.zeros(1, 1, 1, 1, dtype=torch.float64)
     t = torch.tensor([19.0])
-    skip = method()._consistency(Prediction.from_x0(zero, x, t, SD)).item()
-    out = method()._consistency(Prediction.from_x0(x, zero, t, SD)).item()
+    skip = consistency(Prediction.from_x0(zero, x, t, SD), 10.0).item()
+    out = consistency(Prediction.from_x0(x, zero, t, SD), 10.0).item()
     assert skip == pytest.approx(6.925e-6, abs=1e-9)
     assert out == pytest.approx(0.9999965, abs=1e-7)
     assert skip == pytest.approx(0.25 / (190**2 + 0.25), rel=1e-12)
@@ -215,7 +216,9 @@ def test_an_affine_student_per_grid_time_learns_the_product_map():
     batch = batch_of(80, 1, data(80))
     run(lcm, denoiser, {"student": optimizer}, batch, 6000, lambda step: schedule.step())
     x = f64([[-1.0], [2.0]])[:, :, None, None]
-    f = lcm._consistency(denoiser(x, torch.full((2,), 999.0), batch.cond[:2], "student"))
+    f = consistency(
+        denoiser(x, torch.full((2,), 999.0), batch.cond[:2], "student"), lcm.config.timestep_scaling_factor
+    )
     slope, centre, offset = product_map(points, MU, S)[999]
     assert slope == pytest.approx(0.5927684864612562, abs=1e-9)
     assert ((f[1] - f[0]) / 3).item() == pytest.approx(slope, abs=1e-6)
@@ -297,9 +300,9 @@ def test_an_adapters_target_is_the_live_adapter_without_gradient(tiny_sd):
     x_t = SD.add_noise(batch.latents, ctx.random.normal("eps", (4, 16, 16)), pairs[:, 0])
     with torch.no_grad():
         x_s = jump(denoiser(x_t, pairs[:, 0], batch.cond, "teacher", batch.null, 3.0), pairs[:, 1])
-        adapted = lcm._consistency(denoiser(x_s, pairs[:, 1], batch.cond, "student"))
-        bare = lcm._consistency(denoiser(x_s, pairs[:, 1], batch.cond, "teacher"))
-        student = lcm._consistency(denoiser(x_t, pairs[:, 0], batch.cond, "student"))
+        adapted = consistency(denoiser(x_s, pairs[:, 1], batch.cond, "student"), lcm.config.timestep_scaling_factor)
+        bare = consistency(denoiser(x_s, pairs[:, 1], batch.cond, "teacher"), lcm.config.timestep_scaling_factor)
+        student = consistency(denoiser(x_t, pairs[:, 0], batch.cond, "student"), lcm.config.timestep_scaling_factor)
     torch.testing.assert_close(loss, (student - adapted).square().mean(), rtol=1e-4, atol=1e-7)
     assert abs((student - bare).square().mean() - loss) > 1e-3 * loss
     assert any(p.grad.abs().max() > 0 for p in networks.parameters("student"))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
@@ -11,9 +11,8 @@ from torch import Tensor, nn
 
 from fastdiff.diffusion.grids import lcm_grid
 from fastdiff.diffusion.losses import mse, pseudo_huber
-from fastdiff.diffusion.prediction import Prediction
 from fastdiff.diffusion.steps import jump
-from fastdiff.diffusion.tensors import as_times
+from fastdiff.diffusion.tensors import DeviceTable
 from fastdiff.methods.base import (
     Batch,
     Context,
@@ -27,7 +26,7 @@ from fastdiff.methods.base import (
 )
 from fastdiff.models.denoiser import Denoiser
 from fastdiff.models.embeddings import guidance_embedding, with_guidance_input
-from fastdiff.models.sampler import SamplerSpec
+from fastdiff.models.sampler import SamplerSpec, consistency
 
 
 @dataclass(frozen=True)
@@ -44,7 +43,7 @@ class LCMConfig:
         huber_c: width of the quadratic part.
         target_decay: decay of the exponential-average target of full students; 0 takes the live student. LoRA
             students always take the live student.
-        sigma_data, timestep_scaling_factor: boundary scalings c_skip, c_out; LCMScheduler must use the same.
+        timestep_scaling_factor: boundary scaling of c_skip, c_out; LCMScheduler must use the same.
     """
 
     guidance_scale: float = 8.0
@@ -54,12 +53,11 @@ class LCMConfig:
     loss_type: Literal["huber", "l2"] = "huber"
     huber_c: float = 1e-3
     target_decay: float = 0.95
-    sigma_data: float = 0.5
     timestep_scaling_factor: float = 10.0
 
     def __post_init__(self) -> None:
         check_not_negative(guidance_scale=self.guidance_scale, target_decay=self.target_decay)
-        check_positive(num_ddim_timesteps=self.num_ddim_timesteps, huber_c=self.huber_c, sigma_data=self.sigma_data)
+        check_positive(num_ddim_timesteps=self.num_ddim_timesteps, huber_c=self.huber_c)
         check_positive(num_inference_steps=self.num_inference_steps)
         if self.guidance_range is not None and self.guidance_range[0] > self.guidance_range[1]:
             raise ValueError(f"guidance_range must be (low, high), got {self.guidance_range}")
@@ -75,7 +73,7 @@ class LCM(Method):
         f(x, t) = c_skip(t) x + c_out(t) D(x, t),   c_skip = s^2 / (tau^2 + s^2), c_out = tau / sqrt(tau^2 + s^2),
         x_{t_{n-1}} = DDIM step of the guided teacher,   L = huber(f(x_{t_n}, t_n), sg f^-(x_{t_{n-1}}, t_{n-1})),
 
-    with tau = timestep_scaling_factor * t and s = sigma_data. Everything but the first f is detached.
+    with tau = timestep_scaling_factor * t and s = 0.5. Everything but the first f is detached.
     """
 
     info = MethodInfo(
@@ -90,6 +88,10 @@ class LCM(Method):
     )
     Config = LCMConfig
     config: LCMConfig
+
+    def __init__(self, config: LCMConfig) -> None:
+        super().__init__(config)
+        self._grid = DeviceTable(torch.tensor(lcm_grid(config.num_ddim_timesteps)))
 
     def groups(self) -> dict[str, Group]:
         return {"student": Group()}
@@ -111,11 +113,11 @@ class LCM(Method):
         yield Update("student", self.student_loss, ("student",))
 
     def sampler(self) -> SamplerSpec:
-        points, steps = self.config.num_ddim_timesteps, self.config.num_inference_steps
-        grid = [start for start, _ in lcm_grid(points)][::-1]
-        times = tuple(int(grid[index * points // steps]) for index in range(steps))
-        scaling = self.config.timestep_scaling_factor
-        return SamplerSpec("lcm", times, self.sampling_guidance, scaling, original_inference_steps=points)
+        config = self.config
+        spec = SamplerSpec.lcm_grid(
+            config.num_inference_steps, config.num_ddim_timesteps, timestep_scaling=config.timestep_scaling_factor
+        )
+        return replace(spec, guidance_scale=self.sampling_guidance)
 
     @property
     def sampling_guidance(self) -> float:
@@ -125,25 +127,18 @@ class LCM(Method):
     def student_loss(self, batch: Batch, ctx: Context) -> Mapping[str, Tensor]:
         """One consistency pair a sample."""
         x0 = batch.images()
-        pairs = torch.tensor(lcm_grid(self.config.num_ddim_timesteps), device=x0.device)
+        scaling = self.config.timestep_scaling_factor
+        pairs = self._grid.on(x0.device)
         t, s = pairs[ctx.random.integers("pair", 0, len(pairs))].float().unbind(1)
         w = self._guidance(ctx)
         inputs = self._embedded(w, ctx.denoiser)
         x_t = ctx.denoiser.schedule.add_noise(x0, ctx.random.normal("eps", batch.latent_shape), t)
-        student = self._consistency(ctx.denoiser(x_t, t, batch.cond, "student", **inputs))
+        student = consistency(ctx.denoiser(x_t, t, batch.cond, "student", **inputs), scaling)
         with torch.no_grad():
             x_s = jump(ctx.denoiser(x_t, t, batch.cond, "teacher", batch.null, w), s)
             role = "target" if "target" in ctx.denoiser.roles else "student"
-            target = self._consistency(ctx.denoiser(x_s, s, batch.cond, role, **inputs))
+            target = consistency(ctx.denoiser(x_s, s, batch.cond, role, **inputs), scaling)
         return {"consistency": self._distance(student, target)}
-
-    def _consistency(self, prediction: Prediction) -> Tensor:
-        tau = self.config.timestep_scaling_factor * as_times(prediction.t, prediction.x0)
-        width = self.config.sigma_data
-        skip = width**2 / (tau**2 + width**2)
-        out = tau / (tau**2 + width**2) ** 0.5
-        shape = (-1, *[1] * (prediction.x_t.dim() - 1))
-        return skip.view(shape) * prediction.x_t + out.view(shape) * prediction.x0
 
     def _distance(self, student: Tensor, target: Tensor) -> Tensor:
         if self.config.loss_type == "l2":

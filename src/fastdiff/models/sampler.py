@@ -17,6 +17,8 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 import torch
 from torch import Tensor
 
+from fastdiff.diffusion.tensors import as_times, broadcast_to
+
 if TYPE_CHECKING:
     from diffusers import SchedulerMixin
 
@@ -26,7 +28,7 @@ if TYPE_CHECKING:
 SamplerKind = Literal["lcm", "ddim", "flow"]
 
 # LCM's boundary condition: c_skip = s^2 / ((k t)^2 + s^2), with k = `timestep_scaling` (Luo et al., arXiv 2310.04378).
-_SIGMA_DATA = 0.5
+SIGMA_DATA = 0.5
 _LCM_GRID = 50
 _FLOW_UNITS = 1000
 _BETA_KEYS = ("num_train_timesteps", "beta_start", "beta_end", "beta_schedule")
@@ -223,12 +225,20 @@ def sample(
 
 def _boundary(spec: SamplerSpec, step: int, prediction: Prediction) -> Tensor:
     """x0, mixed with x_t by LCM's boundary weights where the stock scheduler does so."""
-    if spec.kind != "lcm":
-        return prediction.x0.to(prediction.x_t.dtype)
-    scaled = spec.timesteps[step] * spec.timestep_scaling
-    square = scaled**2 + _SIGMA_DATA**2
-    mixed = (scaled / square**0.5) * prediction.x0 + (_SIGMA_DATA**2 / square) * prediction.x_t
+    mixed = consistency(prediction, spec.timestep_scaling) if spec.kind == "lcm" else prediction.x0
     return mixed.to(prediction.x_t.dtype)
+
+
+def consistency(prediction: Prediction, timestep_scaling: float) -> Tensor:
+    """LCM's consistency function c_skip x_t + c_out x0, shaped like x_t: x_t itself at time 0, x0 at any other.
+
+    With tau = `timestep_scaling` * t and s = SIGMA_DATA, c_skip = s^2 / (tau^2 + s^2), c_out = tau / sqrt(tau^2 + s^2)
+    (Luo et al. 2023, arXiv 2310.04378); LCMScheduler applies the same.
+    """
+    tau = timestep_scaling * as_times(prediction.t, prediction.x0)
+    square = tau**2 + SIGMA_DATA**2
+    skip, out = (broadcast_to(c, prediction.x0) for c in (SIGMA_DATA**2 / square, tau / square**0.5))
+    return skip * prediction.x_t + out * prediction.x0
 
 
 def _batch_time(time: float, x: Tensor) -> Tensor:
