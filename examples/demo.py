@@ -44,8 +44,8 @@ def train(output_dir: Path, extra: list[str]) -> None:
 
 def score(output_dir: Path) -> None:
     """Measures the student under the protocol and writes the report beside it."""
-    from fastdiff.evaluation import evaluate, format_table, grid_images, load_rows, open_protocol, write_report
-    from fastdiff.evaluation.baselines import Sampling, with_sampling
+    from fastdiff.evaluation import evaluate, format_table, grid_images, open_protocol, write_report
+    from fastdiff.evaluation.baselines import Sampling, load_rows, with_sampling
     from fastdiff.models.teacher import Teacher
     from fastdiff.recipes import Student
 
