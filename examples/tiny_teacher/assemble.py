@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import shutil
 from pathlib import Path
 
 import torch
@@ -48,7 +49,21 @@ def assemble(autoencoder: Path, text_encoder: Path, unet: Path | UNet2DCondition
     )
     aside = output.with_name(f".{output.name}.new")
     pipeline.to(torch.float16).save_pretrained(aside, safe_serialization=True)
+    carry_records({"vae": autoencoder, "text_encoder": text_encoder, "unet": unet}, aside)
     replace_folder(aside, output)
+
+
+def carry_records(sources: dict[str, Path | UNet2DConditionModel], pipeline: Path) -> None:
+    """Copy each stage's ``training.json`` beside its weights in the pipeline, and drop machine paths from configs."""
+    for part, source in sources.items():
+        if isinstance(source, Path) and (source / "training.json").exists():
+            shutil.copyfile(source / "training.json", pipeline / part / "training.json")
+        config = json.loads((pipeline / part / "config.json").read_text())
+        config.pop("_name_or_path", None)
+        (pipeline / part / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
+    for file in pipeline.rglob("*"):
+        if file.is_file():
+            file.chmod(0o644)
 
 
 def load_pipeline(folder: Path) -> StableDiffusionPipeline:
