@@ -87,3 +87,12 @@ def test_grid_shows_every_image(tmp_path):
     assert isinstance(picture, Image.Image)
     with pytest.raises(ValueError, match="rows of one length"):
         draw_grid([("one", colours), ("two", colours[:1])])
+
+
+def test_infinities_of_scheduler_configs_become_null():
+    """DPM-Solver's config holds -inf, which JSON has no word for."""
+    row = Row(
+        name="a", fid=float("nan"), settings={"protocol": "p", "scheduler": {"lambda_min_clipped": -float("inf")}}
+    )
+    content = json.loads(json.dumps(row.to_dict(), allow_nan=False))
+    assert content["fid"] is None and content["settings"]["scheduler"] == {"lambda_min_clipped": None}

@@ -42,9 +42,8 @@ class Row:
         return self.settings["protocol"]
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON content, with NaN as null."""
-        found = {f.name: getattr(self, f.name) for f in fields(self)}
-        return {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in found.items()}
+        """JSON content; what JSON cannot hold (NaN, infinities of scheduler configs) becomes null."""
+        return _finite({f.name: getattr(self, f.name) for f in fields(self)})
 
     @classmethod
     def from_dict(cls, content: dict[str, Any]) -> Row:
@@ -74,3 +73,11 @@ def score(row: Row, floor: Row, baseline: Row, metric: str = "fid") -> float | N
     baseline."""
     mine, theirs = excess(row, floor, metric), excess(baseline, floor, metric)
     return None if mine is None or not theirs else mine / theirs
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value
