@@ -91,7 +91,7 @@ class LCM(Method):
 
     def __init__(self, config: LCMConfig) -> None:
         super().__init__(config)
-        self._grid = DeviceTable(torch.tensor(lcm_grid(config.num_ddim_timesteps)))
+        self._grid = DeviceTable(torch.tensor(lcm_grid(config.num_ddim_timesteps), device="cpu"))
 
     def groups(self) -> dict[str, Group]:
         return {"student": Group()}
