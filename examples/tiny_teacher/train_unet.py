@@ -29,6 +29,7 @@ from common import (
     write_record,
 )
 from diffusers import AutoencoderTiny, DDIMScheduler, UNet2DConditionModel
+from diffusers.models.attention_processor import AttnProcessor2_0
 from diffusers.training_utils import EMAModel, compute_snr
 from train_autoencoder import reconstruct
 from train_text_encoder import tokenize
@@ -149,6 +150,16 @@ def preview(folder: Path, path: Path) -> None:
     image_grid(torch.cat(rows, 1).flatten(0, 1), 16, 3).save(path)
 
 
+class Float32Attention(AttnProcessor2_0):
+    """diffusers' attention, outside autocast."""
+
+    def __call__(self, attn, hidden_states, encoder_hidden_states=None, *args, **kwargs):
+        with torch.autocast("cpu", enabled=False):
+            text = encoder_hidden_states
+            text = text if text is None else text.float()
+            return super().__call__(attn, hidden_states.float(), text, *args, **kwargs)
+
+
 def main() -> None:
     flags = parser(__doc__, batch=128, lr=1.5e-3, minutes=75.0, weight_decay=0.01, ema=0.998, seed=404)
     flags.add_argument("--autoencoder", type=Path, required=True)
@@ -156,6 +167,7 @@ def main() -> None:
     flags.add_argument("--channels", type=int, nargs=3, default=(64, 112, 144))
     flags.add_argument("--caption_dropout", type=float, default=0.1)
     flags.add_argument("--snr_gamma", type=float, default=5.0, help="min-SNR weighting; 0 for plain noise loss")
+    flags.add_argument("--bf16", action="store_true", help="autocast; attention stays fp32, its CPU backward is slow in bf16")
     flags.add_argument("--snapshot", type=Path, default=None, help="pipeline folder to renew while training")
     flags.add_argument("--snapshot_minutes", type=float, default=10.0)
     settings = flags.parse_args()
@@ -171,6 +183,8 @@ def main() -> None:
     model = build(latents.shape[1], settings.channels)
     if settings.init_from:
         model = UNet2DConditionModel.from_pretrained(settings.init_from).float()
+    if settings.bf16:
+        model.set_attn_processor(Float32Attention())
     model = model.to(memory_format=torch.channels_last).train()
     print(f"{count_parameters(model) / 1e6:.2f} M parameters, scaling factor {factor}", flush=True)
     optimizer = torch.optim.AdamW(split_decay(model, settings.weight_decay), lr=settings.lr, betas=(0.9, 0.99))
@@ -202,7 +216,9 @@ def main() -> None:
         noise = torch.randn(clean.shape, generator=generator)
         steps = stratified_timesteps(len(index), generator)
         noisy = scheduler.add_noise(clean, noise, steps).contiguous(memory_format=torch.channels_last)
-        error = (model(noisy, steps, text, return_dict=False)[0] - noise).square().mean(dim=(1, 2, 3))
+        with torch.autocast("cpu", torch.bfloat16, enabled=settings.bf16):
+            prediction = model(noisy, steps, text, return_dict=False)[0]
+        error = (prediction.float() - noise).square().mean(dim=(1, 2, 3))
         if settings.snr_gamma:
             snr = compute_snr(scheduler, steps)
             error = error * (snr.clamp(max=settings.snr_gamma) / snr)

@@ -102,7 +102,7 @@ def test_gradient_in_x_is_the_normalised_gap_and_only_the_teacher_is_guided(w):
 
 def use_weight(monkeypatch, weight):
     """Replaces the normaliser, so that the x-gradient is `weight` times the gap."""
-    monkeypatch.setattr("fastdiff.methods.dmd2.dmd_normaliser", lambda x, real: 1 / weight)
+    monkeypatch.setattr("fastdiff.methods._score_gap.dmd_normaliser", lambda x, real: 1 / weight)
 
 
 @pytest.mark.parametrize("t", [50, 400, 900])

@@ -82,6 +82,7 @@ class Batches:
             latent_shape=self.latent_shape,
             latents=self._latents(items, Randomness(self.settings.seed, step, indices)),
             extra={name: items[name].to(self.device, non_blocking=True) for name in ("noise",) if name in items},
+            prompts=tuple(items.get("prompt", ())),
         )
 
     def _latents(self, items: dict[str, Any], random: Randomness) -> Tensor | None:

@@ -7,7 +7,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from fastdiff.methods.base import Batch, Context, times
+from fastdiff.methods.base import Batch, Context, time_at
 
 MultiStepInput = Literal["simulate", "noised_data"]
 
@@ -34,13 +34,13 @@ def student_sample(
     x_t = ctx.random.normal(f"{site}/0", shape)
     if step > 0 and multi_step_input == "noised_data":
         x_t = schedule.add_noise(
-            batch.images(), ctx.random.normal(f"{site}/{step}", shape), times(timesteps[step], x_t)
+            batch.images(), ctx.random.normal(f"{site}/{step}", shape), time_at(timesteps[step], x_t, schedule)
         )
     elif step > 0:
         for position in range(step):
             with torch.no_grad():
-                x0 = ctx.denoiser(x_t, times(timesteps[position], x_t), batch.cond, role).x0
+                x0 = ctx.denoiser(x_t, time_at(timesteps[position], x_t, schedule), batch.cond, role).x0
             noise = ctx.random.normal(f"{site}/{position + 1}", shape)
-            x_t = schedule.add_noise(x0, noise, times(timesteps[position + 1], x_t))
+            x_t = schedule.add_noise(x0, noise, time_at(timesteps[position + 1], x_t, schedule))
     with torch.set_grad_enabled(with_grad):
-        return ctx.denoiser(x_t, times(timesteps[step], x_t), batch.cond, role).x0
+        return ctx.denoiser(x_t, time_at(timesteps[step], x_t, schedule), batch.cond, role).x0

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from fastdiff.diffusion.randomness import Randomness
+from fastdiff.diffusion.schedules import NoiseSchedule
 from fastdiff.models.conditioning import Conditioning
 from fastdiff.models.denoiser import Denoiser
 from fastdiff.models.sampler import SamplerSpec
@@ -48,7 +49,8 @@ class Batch:
         null: the unconditional row.
         latent_shape: `(C, H, W)`.
         latents: clean latents `(B, C, H, W)` when the data has images.
-        extra: further tensors of the data, e.g. pairs.
+        extra: further tensors of the data; a pair's noise is called `noise`.
+        prompts: the captions, where the data has them.
     """
 
     indices: Tensor
@@ -57,6 +59,7 @@ class Batch:
     latent_shape: tuple[int, int, int]
     latents: Tensor | None = None
     extra: Mapping[str, Tensor] = field(default_factory=dict)
+    prompts: tuple[str, ...] = ()
 
     def __len__(self) -> int:
         return len(self.indices)
@@ -70,6 +73,19 @@ class Batch:
         if self.latents is None:
             raise ValueError("this method trains on images, but the data holds prompts only. Give --train_data_dir.")
         return self.latents
+
+    def pairs(self) -> tuple[Tensor, Tensor]:
+        """Noise and the teacher's sample from it, each `(B, C, H, W)`.
+
+        Raises:
+            ValueError: if the data set is not one of pairs.
+        """
+        if self.latents is None or "noise" not in self.extra:
+            raise ValueError(
+                "this method trains on pairs of noise and the teacher's sample, but the data holds none. "
+                "Make them with `fastdiff pairs` and give the folder as --train_data_dir."
+            )
+        return self.extra["noise"], self.latents
 
 
 @dataclass
@@ -184,6 +200,13 @@ def check_not_negative(**values: float) -> None:
             raise ValueError(f"{name} must be a finite number of at least 0, got {value}")
 
 
-def times(value: float | int, like: Tensor) -> Tensor:
-    """One schedule time for every sample of `like`, `(B,)` float32, made without touching the host."""
-    return torch.full((len(like),), float(value), device=like.device)
+def any_time(ctx: Context, site: str, low: int = 0, high: int | None = None) -> Tensor:
+    """A random time for each sample, `(B,)` float32, among the indices `low..high` (all of the teacher's by default)."""
+    schedule = ctx.denoiser.schedule
+    last = schedule.indices - 1 if high is None else high
+    return schedule.time_of_index(ctx.random.integers(site, low, last + 1))
+
+
+def time_at(index: float | int, like: Tensor, schedule: NoiseSchedule) -> Tensor:
+    """The schedule time numbered `index` for every sample of `like`, `(B,)`, made without touching the host."""
+    return schedule.time_of_index(torch.full((len(like),), float(index), device=like.device))

@@ -29,11 +29,13 @@ class NoiseSchedule(ABC):
 
     Every function of time takes a real-valued tensor of any shape (or a number) and returns the same shape, in float64
     for float64 times and in float32 otherwise. Attributes ``t_min`` and ``t_max`` bound the times a network may be
-    called at.
+    called at. ``indices`` of them, spread over that range, are numbered from the cleanest: published recipes name times
+    by such an index (999, 749, ...), whatever the process.
     """
 
     t_min: float
     t_max: float
+    indices: int = 1000
 
     @abstractmethod
     def alpha(self, t: Tensor | float) -> Tensor:
@@ -58,6 +60,11 @@ class NoiseSchedule(ABC):
     @abstractmethod
     def time_of_kappa(self, kappa: Tensor | float) -> Tensor:
         """Inverse of ``kappa``, clamped to ``[t_min, t_max]``; infinity is allowed."""
+
+    def time_of_index(self, index: Tensor | float) -> Tensor:
+        """The time numbered ``index``, 0 .. indices - 1; the last is ``t_max``."""
+        share = (as_times(index) + 1) / self.indices
+        return self.t_min + (self.t_max - self.t_min) * share
 
     def kappa(self, t: Tensor | float) -> Tensor:
         """Noise-to-signal ratio sigma/alpha, strictly increasing; infinite where there is no signal."""

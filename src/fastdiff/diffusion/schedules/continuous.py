@@ -35,6 +35,10 @@ class FlowSchedule(NoiseSchedule):
         """Map an unshifted time in [0, 1] to a level: ``k u / (1 + (k - 1) u)``."""
         return self.shift * u / (1 + (self.shift - 1) * u)
 
+    def time_of_index(self, index: Tensor | float) -> Tensor:
+        """The level, after the shift."""
+        return self.shifted((as_times(index) + 1) / self.indices)
+
     def alpha(self, t: Tensor | float) -> Tensor:
         return 1 - as_times(t)
 

@@ -39,6 +39,7 @@ class VPSchedule(NoiseSchedule):
         _check(table)
         self.alphas_cumprod = table
         self.t_max = float(len(table) - 1)
+        self.indices = len(table)
         self.zero_terminal_snr = table[-1].item() == 0
         alpha, sigma = table.sqrt(), (1 - table).sqrt()
         log_kappa = sigma.log() - alpha.log()
@@ -85,6 +86,10 @@ class VPSchedule(NoiseSchedule):
 
     def network_time(self, t: Tensor | float) -> Tensor:
         return as_times(t)
+
+    def time_of_index(self, index: Tensor | float) -> Tensor:
+        """The index itself: networks of these processes were trained on whole numbers."""
+        return as_times(index)
 
     def time_of_kappa(self, kappa: Tensor | float) -> Tensor:
         kappa = as_times(kappa)
