@@ -26,7 +26,7 @@ from fastdiff.diffusion.mixture import GaussianMixture
 from fastdiff.diffusion.prediction import Prediction, PredictionKind
 from fastdiff.diffusion.randomness import Randomness
 from fastdiff.diffusion.schedules import EDMSchedule, FlowSchedule, NoiseSchedule, VPSchedule
-from fastdiff.models.analytic_networks import ClassUNet, PointNet
+from fastdiff.models.analytic_networks import PointNet, ResidualNet
 from fastdiff.models.codec import Codec
 from fastdiff.models.conditioning import Conditioning
 from fastdiff.models.families import Family
@@ -37,7 +37,7 @@ Law = Gaussian | GaussianMixture | KernelTeacher
 KERNEL_LATENTS = Path(__file__).resolve().parents[1] / "assets" / "kernel_latents.safetensors"
 
 _SD_BETAS = {"num_train_timesteps": 1000, "beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
-_UNET_SIDE = 4  # from this side on a sample is an image and its student convolutional
+_IMAGE_SIDE = 4  # from this side on a sample is an image
 
 
 class AnalyticFamily(Family):
@@ -70,23 +70,41 @@ class AnalyticFamily(Family):
     def call(self, network: nn.Module, x_t: Tensor, time: Tensor, cond: Conditioning, **inputs: Any) -> Tensor:
         return network(x_t, time, cond.tensors["labels"], **inputs)
 
-    def feature_channels(self, network: nn.Module) -> int:
-        return network.feature_channels
+    def feature_taps(self, network: nn.Module) -> dict[str, int]:
+        if isinstance(network, ExactNetwork):
+            return dict.fromkeys(("noisy", "clean"), network.channels)
+        return {self.feature_tap: network.feature_channels}
+
+    def middle_taps(self, network: nn.Module) -> dict[str, int]:
+        # A closed form has no middle: all that can be said about a noisy sample is itself and its denoised version.
+        return self.feature_taps(network) if isinstance(network, ExactNetwork) else super().middle_taps(network)
 
 
 class ExactNetwork(nn.Module):
-    """The optimal denoiser of a law, in the parameterisation and with the time input of a network; no parameters."""
+    """The optimal denoiser of a law, in the parameterisation and with the time input of a network; no parameters.
+
+    Its features, for discriminators, are its input (`noisy`) and its clean prediction (`clean`).
+    """
 
     def __init__(self, law: Law, schedule: NoiseSchedule, kind: PredictionKind) -> None:
         super().__init__()
         self.law, self.schedule, self.kind = law, schedule, kind
+        self.noisy, self.clean = nn.Identity(), nn.Identity()
         self.register_buffer("anchor", torch.zeros(()))  # tells device and dtype to whoever asks
 
     def forward(self, x_t: Tensor, time: Tensor, labels: Tensor) -> Tensor:
         """`x_t` `(B, ...)`, `time` `(B,)` as networks are fed, `labels` `(B,)` -> native prediction like `x_t`."""
         t = _schedule_time(self.schedule, time)
-        x0 = self.law.denoise(x_t, t, self.schedule, labels)
+        x_t = self.noisy(x_t)
+        x0 = self.clean(self.law.denoise(x_t, t, self.schedule, labels))
         return Prediction.from_x0(x0, x_t, t, self.schedule).as_kind(self.kind).to(x_t.dtype)
+
+    @property
+    def channels(self) -> int:
+        """Channels of a sample, a point being `(d, 1, 1)`."""
+        if isinstance(self.law, KernelTeacher):
+            return self.law.shape[0]
+        return len((self.law if isinstance(self.law, Gaussian) else self.law.components[0]).mean)
 
     def enable_gradient_checkpointing(self, _function: Callable) -> None:
         """There is nothing to recompute."""
@@ -246,8 +264,8 @@ def pretrain(
 def _small_network(shape: tuple[int, int, int], classes: int) -> nn.Module:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)  # every process and every run starts alike
-        if shape[-1] >= _UNET_SIDE:
-            return ClassUNet(shape[0], shape[-1], classes)
+        if shape[-1] >= _IMAGE_SIDE:
+            return ResidualNet(math.prod(shape), classes)
         return PointNet(math.prod(shape), classes)
 
 

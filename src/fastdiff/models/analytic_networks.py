@@ -2,16 +2,27 @@
 
 from __future__ import annotations
 
+import copy
 import math
+from abc import abstractmethod
 from collections.abc import Callable, Sequence
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 _TIME_FEATURES = 32
 
 
-class PointNet(nn.Module):
+class WidenableNetwork(nn.Module):
+    """A network that can be given a slot `timestep_cond` for further scalars, as UNets of diffusers have one."""
+
+    @abstractmethod
+    def widened(self, features: int) -> nn.Module:
+        """A copy that takes `timestep_cond` `(B, features)` through a zero-initialised layer."""
+
+
+class PointNet(WidenableNetwork):
     """A perceptron on the `size` numbers of a sample, with time and class embeddings.
 
     The output adds a multiple of the input that depends on time alone: an exact denoiser is linear far from the data.
@@ -28,9 +39,17 @@ class PointNet(nn.Module):
         self.mid_block = nn.Sequential(nn.SiLU(), nn.Conv2d(width, width, 1), nn.SiLU())
         self.leave = nn.Conv2d(width, size, 1)
         self.skip = nn.Linear(width, 1)
+        self.slot: nn.Linear | None = None
 
-    def forward(self, x_t: Tensor, time: Tensor, labels: Tensor) -> Tensor:
+    def widened(self, features: int) -> PointNet:
+        wide = copy.deepcopy(self)
+        wide.slot = _zero_linear(features, self.feature_channels, wide.skip.weight)
+        return wide
+
+    def forward(self, x_t: Tensor, time: Tensor, labels: Tensor, timestep_cond: Tensor | None = None) -> Tensor:
         embedding = self.time(time_features(time).to(x_t.dtype)) + self.label(labels + 1)
+        if timestep_cond is not None:
+            embedding = embedding + self.slot(timestep_cond.to(x_t.dtype))
         points = x_t.reshape(len(x_t), -1, 1, 1)
         hidden = self.mid_block(self.enter(points) + embedding[:, :, None, None])
         return (self.leave(hidden) + self.skip(embedding)[:, :, None, None] * points).reshape(x_t.shape)
@@ -63,35 +82,78 @@ class AffinePerBin(nn.Module):
         """Nothing to recompute."""
 
 
-class ClassUNet(nn.Module):
-    """A small class-conditional diffusers UNet for samples `(channels, side, side)`; class 0 stands for none."""
+class ResidualNet(nn.Module):
+    """A residual perceptron on all numbers of a larger sample, modulated by time and class.
 
-    feature_tap = "unet.mid_block"
+    A density made of a few hundred modes is a matter of memory, not of locality, so this learns it several times faster
+    than a convolutional network of the same cost. `mid_block` gives `(B, width, 1, 1)` for discriminator heads.
+    """
 
-    def __init__(self, channels: int, side: int, classes: int, widths: tuple[int, int] = (64, 128)) -> None:
-        from diffusers import UNet2DModel
+    feature_tap = "mid_block"
 
+    def __init__(self, size: int, classes: int, width: int = 512, depth: int = 4) -> None:
         super().__init__()
-        self.feature_channels = widths[-1]
-        self.unet = UNet2DModel(
-            sample_size=side,
-            in_channels=channels,
-            out_channels=channels,
-            block_out_channels=widths,
-            down_block_types=("DownBlock2D", "AttnDownBlock2D"),
-            up_block_types=("AttnUpBlock2D", "UpBlock2D"),
-            layers_per_block=1,
-            attention_head_dim=32,
-            norm_num_groups=16,
-            num_class_embeds=classes + 1,
-        )
+        self.feature_channels = width
+        self.time = nn.Sequential(nn.Linear(_TIME_FEATURES, width), nn.SiLU(), nn.Linear(width, width))
+        self.label = nn.Embedding(classes + 1, width)
+        self.enter = nn.Linear(size, width)
+        self.blocks = nn.ModuleList(_ModulatedBlock(width) for _ in range(depth))
+        self.mid_block = nn.Sequential(nn.LayerNorm(width), nn.Unflatten(1, (width, 1, 1)))
+        self.leave = nn.Linear(width, size)
+        self.skip = nn.Linear(width, 1)
+        nn.init.zeros_(self.leave.weight)
+        nn.init.zeros_(self.leave.bias)
 
     def forward(self, x_t: Tensor, time: Tensor, labels: Tensor) -> Tensor:
-        return self.unet(x_t, time, class_labels=labels + 1, return_dict=False)[0]
+        embedding = F.silu(self.time(time_features(time).to(x_t.dtype)) + self.label(labels + 1))
+        points = x_t.flatten(1)
+        hidden = self.enter(points)
+        for block in self.blocks:
+            hidden = block(hidden, embedding)
+        output = self.leave(self.mid_block(hidden).flatten(1)) + self.skip(embedding) * points
+        return output.reshape(x_t.shape)
 
-    def enable_gradient_checkpointing(self, function: Callable) -> None:
-        """As for any diffusers network."""
-        self.unet.enable_gradient_checkpointing(function)
+    def enable_gradient_checkpointing(self, _function: Callable) -> None:
+        """Too small to be worth it."""
+
+
+class _ModulatedBlock(nn.Module):
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(width)
+        self.modulation = nn.Linear(width, 2 * width)
+        self.enter, self.leave = nn.Linear(width, width), nn.Linear(width, width)
+        nn.init.zeros_(self.leave.weight)
+        nn.init.zeros_(self.leave.bias)
+
+    def forward(self, hidden: Tensor, embedding: Tensor) -> Tensor:
+        scale, shift = self.modulation(embedding).chunk(2, dim=1)
+        return hidden + self.leave(F.silu(self.enter(self.norm(hidden) * (1 + scale) + shift)))
+
+
+class _TimeEmbeddingWithSlot(nn.Module):
+    """A diffusers time embedding that adds what it was given, which a UNet2DModel's forward cannot hand over."""
+
+    def __init__(self, embedding: nn.Module, features: int) -> None:
+        super().__init__()
+        self.embedding = embedding
+        weight = embedding.linear_1.weight
+        self.slot = _zero_linear(features, weight.shape[1], weight)
+        self._given: Tensor | None = None
+
+    def give(self, condition: Tensor) -> None:
+        """What the next call adds, `(B, features)`."""
+        self._given = condition
+
+    def forward(self, time: Tensor) -> Tensor:
+        condition, self._given = self._given, None
+        return self.embedding(time if condition is None else time + self.slot(condition.to(time.dtype)))
+
+
+def _zero_linear(inputs: int, outputs: int, like: Tensor) -> nn.Linear:
+    layer = nn.Linear(inputs, outputs, bias=False, device=like.device, dtype=like.dtype)
+    nn.init.zeros_(layer.weight)
+    return layer
 
 
 def time_features(time: Tensor) -> Tensor:
