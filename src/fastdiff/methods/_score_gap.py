@@ -87,6 +87,7 @@ class ScoreGap(Method):
         critic_turn = not student_turn or self.config.update_rule == "every"
         student = Update("student", self.student_loss, ("student",))
         critic = Update("fake_score", self.critic_loss, tuple(name for name in self.groups() if name != "student"))
+        critic_turn = critic_turn and bool(critic.trains)
         turns = [update for update, due in ((student, student_turn), (critic, critic_turn)) if due]
         yield from turns if self.student_first else turns[::-1]
 
@@ -96,12 +97,15 @@ class ScoreGap(Method):
     # The student's turn
 
     def student_loss(self, batch: Batch, ctx: Context) -> Mapping[str, Tensor]:
-        """The distribution-matching term, and whatever the method adds."""
+        """The terms of the scores, and whatever the method adds."""
         x = self.sample(batch, ctx, with_grad=True)
         ctx.store["x"] = x.detach()
         ctx.log("latent_std", x.detach().std())
-        terms = {"distribution_matching": surrogate(x, self.gradient(x.detach(), batch, ctx))}
-        return terms | self.student_terms(x, batch, ctx)
+        return self.score_terms(x, batch, ctx) | self.student_terms(x, batch, ctx)
+
+    def score_terms(self, x: Tensor, batch: Batch, ctx: Context) -> dict[str, Tensor]:
+        """What the two scores say about the student's sample; `x` carries its graph."""
+        return {"distribution_matching": surrogate(x, self.gradient(x.detach(), batch, ctx))}
 
     def gradient(self, x: Tensor, batch: Batch, ctx: Context) -> Tensor:
         """The x-gradient, detached: the weighted gap of the two scores at one noised version of `x`."""

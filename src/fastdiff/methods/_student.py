@@ -12,6 +12,11 @@ from fastdiff.methods.base import Batch, Context, time_at
 MultiStepInput = Literal["simulate", "noised_data"]
 
 
+def drawn_step(ctx: Context, timesteps: tuple[int, ...], site: str = "student") -> int:
+    """Which entry of `timesteps` the sample of this step comes from; the same for all samples and processes."""
+    return ctx.random.shared_integer(f"{site}/step", 0, len(timesteps)) if len(timesteps) > 1 else 0
+
+
 def student_sample(
     batch: Batch,
     ctx: Context,
@@ -28,7 +33,7 @@ def student_sample(
     re-noised with fresh noise, as at inference (backward simulation, DMD2, Yin et al. 2024, arXiv 2405.14867, sec.
     4.5). `noised_data` noises clean data to the drawn time instead. The rollout stops at the drawn step.
     """
-    step = ctx.random.shared_integer(f"{site}/step", 0, len(timesteps)) if len(timesteps) > 1 else 0
+    step = drawn_step(ctx, timesteps, site)
     schedule = ctx.denoiser.schedule
     shape = batch.latent_shape
     x_t = ctx.random.normal(f"{site}/0", shape)
