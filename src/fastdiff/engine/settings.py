@@ -6,6 +6,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from fastdiff.models.scorers import LOSS_TOWER
+
 RoleKind = Literal["lora", "full"]
 
 
@@ -38,6 +40,10 @@ class Settings:
     fake_score_lora_rank: int | None = setting(None, "rank of the critics' adapters; the student's if not given")
     lora_target_modules: tuple[str, ...] | None = setting(
         None, "module names to adapt; the family's list if not given"
+    )
+
+    scorer: str = setting(
+        LOSS_TOWER, "network of perceptual and image-text terms: loss_tower (shipped), or an open_clip folder"
     )
 
     learning_rate: float = setting(1e-4, "student's learning rate (1e-4 suits LoRA, 1e-6 to 1e-5 full students)")

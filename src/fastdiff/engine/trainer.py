@@ -27,6 +27,7 @@ from fastdiff.engine.settings import Settings
 from fastdiff.engine.student import StudentWeights
 from fastdiff.engine.tracking import Tracker
 from fastdiff.methods import Batch, Context, Method, Update
+from fastdiff.models.scorers import Scorer, open_scorer
 from fastdiff.models.teacher import TeacherLike
 
 logger = logging.getLogger(__name__)
@@ -71,6 +72,7 @@ class Trainer:
         torch.backends.cuda.matmul.allow_tf32 = settings.allow_tf32
         warn_if_alone(self.accelerator.num_processes)
         self.networks: Networks = build_networks(method, teacher, settings)
+        self.scorer: Scorer | None = open_scorer(settings.scorer, self.device) if method.needs_scorer() else None
         groups = method.groups()
         self.optimizers = {
             name: GroupOptimizer(name, self.networks.parameters(name), group, settings)
@@ -161,6 +163,8 @@ class Trainer:
             store=store,
             log=lambda name, value: self.metrics.add(f"{update.name}/{name}", value, self.step + 1),
             global_mean=global_mean,
+            decode=self.teacher.decode,
+            scorer=self.scorer,
         )
         terms = update.loss(batch, ctx)
         for name, term in terms.items():

@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import difflib
-import hashlib
-import json
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -14,6 +11,7 @@ import torch
 from torch import Tensor
 
 from fastdiff.evaluation.resizing import to_pil
+from fastdiff.models.towers import file_sha256, load_tower, open_clip_model
 
 
 class Extractor(Protocol):
@@ -48,23 +46,14 @@ class ClipTower:
 
     @classmethod
     def from_folder(cls, folder: str | Path) -> ClipTower:
-        """A tower saved as ``open_clip_config.json``, one safetensors file and its byte-pair merges (``*.txt.gz``).
-
-        The config is open_clip's own, and a key ``preprocess`` with ``mean`` and ``std`` (of channels in [0, 1]),
-        ``size`` (pixels an image must have) and ``upsample`` (each pixel becomes a square of that side).
+        """A tower saved as ``open_clip_config.json``, one safetensors file and its byte-pair merges (``*.txt.gz``);
+        see `load_tower`.
 
         Raises:
             FileNotFoundError: a file is missing.
         """
-        import open_clip
-
-        folder = Path(folder)
-        config = json.loads(_only_file(folder, "open_clip_config.json").read_text())
-        merges, weights = _only_file(folder, "*.txt.gz"), _only_file(folder, "*.safetensors")
-        preprocess = PixelPreprocess(**config.pop("preprocess"))
-        tokenizer = open_clip.SimpleTokenizer(str(merges), context_length=config["text_cfg"]["context_length"])
-        model = _open_clip_model(config, weights)
-        return cls(model, tokenizer, preprocess, folder.name, file_sha256(weights))
+        tower = load_tower(folder)
+        return cls(tower.model, tower.tokenizer, tower.preprocess, tower.name, tower.sha256)
 
     @classmethod
     def from_open_clip(cls, name: str, weights: str | Path) -> ClipTower:
@@ -89,7 +78,7 @@ class ClipTower:
         transform = image_transform_v2(PreprocessCfg(size=config["vision_cfg"]["image_size"]), is_train=False)
         context = config["text_cfg"].get("context_length", 77)
         return cls(
-            _open_clip_model(config, weights),
+            open_clip_model(config, weights),
             open_clip.get_tokenizer(name, context_length=context),
             lambda images: torch.stack([transform(to_pil(image)) for image in images]),
             name,
@@ -105,28 +94,6 @@ class ClipTower:
     def text_features(self, texts: Sequence[str]) -> Tensor:
         """N captions to float32 (N, D)."""
         return self.model.encode_text(self.tokenizer(list(texts))).float()
-
-
-@dataclass(frozen=True)
-class PixelPreprocess:
-    """(pixel / 255 - mean) / std, then every pixel enlarged to ``upsample`` x ``upsample``.
-
-    Raises:
-        ValueError: images of another side than ``size``.
-    """
-
-    mean: Sequence[float]
-    std: Sequence[float]
-    size: int
-    upsample: int = 1
-
-    def __call__(self, images: Tensor) -> Tensor:
-        """uint8 (N, 3, size, size) to float32 (N, 3, size * upsample, size * upsample)."""
-        if tuple(images.shape[-2:]) != (self.size, self.size):
-            raise ValueError(f"images are {tuple(images.shape[-2:])}, this tower takes ({self.size}, {self.size})")
-        mean, std = (torch.tensor(values).view(1, 3, 1, 1) for values in (self.mean, self.std))
-        scaled = (images.float() / 255 - mean) / std
-        return torch.nn.functional.interpolate(scaled, scale_factor=self.upsample, mode="nearest")
 
 
 class InceptionFeatures:
@@ -162,31 +129,3 @@ class InceptionFeatures:
 def in_batches(function: Callable[[Any], Tensor], items: Any, batch_size: int = 250) -> Tensor:
     """``function`` over slices of ``items``, concatenated."""
     return torch.cat([function(items[start : start + batch_size]) for start in range(0, len(items), batch_size)])
-
-
-def file_sha256(path: str | Path) -> str:
-    """Hex digest of a file."""
-    with open(path, "rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
-
-
-def _open_clip_model(config: dict, weights: Path) -> torch.nn.Module:
-    """open_clip's model of a config, with weights from a file, read without pickled code."""
-    from open_clip.factory import load_checkpoint
-    from open_clip.model import CLIP, CustomTextCLIP
-
-    config = dict(config)
-    custom = config.pop("custom_text", False) or "hf_model_name" in config["text_cfg"]
-    model = (CustomTextCLIP if custom else CLIP)(**config)
-    load_checkpoint(model, str(weights), strict=True, weights_only=True)
-    return model
-
-
-def _only_file(folder: Path, pattern: str) -> Path:
-    found = sorted(folder.glob(pattern))
-    if len(found) != 1:
-        names = ", ".join(p.name for p in found) or "none"
-        raise FileNotFoundError(
-            f"expected one {pattern} in {folder}, found {names}; give the folder of an open_clip tower"
-        )
-    return found[0]

@@ -14,9 +14,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fastdiff.evaluation.extractors import Extractor, file_sha256, in_batches
+from fastdiff.evaluation.extractors import Extractor, in_batches
 from fastdiff.evaluation.metrics import gradient_energy
 from fastdiff.evaluation.resizing import NO_RESIZE, Resize, to_tensor
+from fastdiff.models.towers import file_sha256
 
 
 class FeatureFileError(ValueError):

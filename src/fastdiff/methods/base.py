@@ -19,6 +19,7 @@ from fastdiff.diffusion.schedules import NoiseSchedule
 from fastdiff.models.conditioning import Conditioning
 from fastdiff.models.denoiser import Denoiser
 from fastdiff.models.sampler import SamplerSpec
+from fastdiff.models.scorers import Scorer
 
 Need = Literal["prompts", "images", "pairs"]
 StudentKind = Literal["lora", "full"]
@@ -100,6 +101,10 @@ class Context:
     """Passes what two updates of one step share, e.g. the student's sample; one store a micro-batch."""
     log: Callable[[str, Tensor], None]
     global_mean: Callable[[Tensor], Tensor] = lambda value: value
+    decode: Callable[[Tensor], Tensor] = lambda latents: latents
+    """The teacher's decoder, differentiable: latents `(B, C, h, w)` to images `(B, 3, H, W)` in [-1, 1]."""
+    scorer: Scorer | None = None
+    """Given to methods that say `needs_scorer()`."""
 
 
 Loss = Callable[[Batch, Context], Mapping[str, Tensor]]
@@ -161,6 +166,10 @@ class Method(ABC):
     def needs(self) -> Need:
         """What the data must hold with this config; what `info` says unless a term asks for more."""
         return self.info.needs[0]
+
+    def needs_scorer(self) -> bool:
+        """Whether a term with this config asks `ctx.scorer`."""
+        return False
 
     def modules(self, denoiser: Denoiser) -> dict[str, nn.Module]:
         """Trainable modules that are not denoisers, e.g. discriminator heads."""
