@@ -82,7 +82,7 @@ class AffinePerBin(nn.Module):
         """Nothing to recompute."""
 
 
-class ResidualNet(nn.Module):
+class ResidualNet(WidenableNetwork):
     """A residual perceptron on all numbers of a larger sample, modulated by time and class.
 
     A density made of a few hundred modes is a matter of memory, not of locality, so this learns it several times faster
@@ -101,11 +101,20 @@ class ResidualNet(nn.Module):
         self.mid_block = nn.Sequential(nn.LayerNorm(width), nn.Unflatten(1, (width, 1, 1)))
         self.leave = nn.Linear(width, size)
         self.skip = nn.Linear(width, 1)
+        self.slot: nn.Linear | None = None
         nn.init.zeros_(self.leave.weight)
         nn.init.zeros_(self.leave.bias)
 
-    def forward(self, x_t: Tensor, time: Tensor, labels: Tensor) -> Tensor:
-        embedding = F.silu(self.time(time_features(time).to(x_t.dtype)) + self.label(labels + 1))
+    def widened(self, features: int) -> ResidualNet:
+        wide = copy.deepcopy(self)
+        wide.slot = _zero_linear(features, self.feature_channels, wide.skip.weight)
+        return wide
+
+    def forward(self, x_t: Tensor, time: Tensor, labels: Tensor, timestep_cond: Tensor | None = None) -> Tensor:
+        embedding = self.time(time_features(time).to(x_t.dtype)) + self.label(labels + 1)
+        if timestep_cond is not None:
+            embedding = embedding + self.slot(timestep_cond.to(x_t.dtype))
+        embedding = F.silu(embedding)
         points = x_t.flatten(1)
         hidden = self.enter(points)
         for block in self.blocks:
@@ -129,25 +138,6 @@ class _ModulatedBlock(nn.Module):
     def forward(self, hidden: Tensor, embedding: Tensor) -> Tensor:
         scale, shift = self.modulation(embedding).chunk(2, dim=1)
         return hidden + self.leave(F.silu(self.enter(self.norm(hidden) * (1 + scale) + shift)))
-
-
-class _TimeEmbeddingWithSlot(nn.Module):
-    """A diffusers time embedding that adds what it was given, which a UNet2DModel's forward cannot hand over."""
-
-    def __init__(self, embedding: nn.Module, features: int) -> None:
-        super().__init__()
-        self.embedding = embedding
-        weight = embedding.linear_1.weight
-        self.slot = _zero_linear(features, weight.shape[1], weight)
-        self._given: Tensor | None = None
-
-    def give(self, condition: Tensor) -> None:
-        """What the next call adds, `(B, features)`."""
-        self._given = condition
-
-    def forward(self, time: Tensor) -> Tensor:
-        condition, self._given = self._given, None
-        return self.embedding(time if condition is None else time + self.slot(condition.to(time.dtype)))
 
 
 def _zero_linear(inputs: int, outputs: int, like: Tensor) -> nn.Linear:

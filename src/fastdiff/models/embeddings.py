@@ -3,9 +3,15 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
+
+from fastdiff.models.analytic_networks import WidenableNetwork
+
+TIME_FEATURES = 256
+"""Features of one extra number, as in the published models that take a guidance embedding."""
 
 
 def guidance_embedding(w: Tensor, dim: int) -> Tensor:
@@ -13,23 +19,60 @@ def guidance_embedding(w: Tensor, dim: int) -> Tensor:
 
     Source: Meng et al. 2023, arXiv 2210.03142; `get_guidance_scale_embedding` of diffusers' pipelines.
     """
+    return time_features([1000.0 * w], dim)
+
+
+def time_features(values: Sequence[Tensor], dim: int = TIME_FEATURES) -> Tensor:
+    """Sinusoidal features `(B, dim * len(values))` of further scalar inputs, one block a value, in the values' dtype.
+
+    Args:
+        values: each `(B,)`, in the units of a network's time (0 .. 1000; of a flow 1000 t): the end of a jump, a step
+            length, or 1000 times a guidance.
+        dim: features of one value, even.
+    """
     half = dim // 2
-    frequencies = torch.exp(torch.arange(half, device=w.device) * (-math.log(10000.0) / (half - 1)))
-    angles = 1000.0 * w[:, None] * frequencies[None]
-    return torch.cat([angles.sin(), angles.cos()], dim=1)
+    blocks = []
+    for value in values:
+        steps = torch.arange(half, device=value.device, dtype=value.dtype)
+        angles = value[:, None] * torch.exp(steps * (-math.log(10000.0) / (half - 1)))[None]
+        blocks += [angles.sin(), angles.cos()]
+    return torch.cat(blocks, dim=1)
 
 
-def with_guidance_input(network: nn.Module, dim: int = 256) -> nn.Module:
-    """A copy of a UNet that takes a guidance embedding through a zero-initialised layer: equal outputs at step 0.
+def with_extra_times(network: nn.Module, count: int = 1) -> nn.Module:
+    """A copy of a network that takes `count` further scalars as `timestep_cond=time_features([...])`.
+
+    They enter the time embedding through one zero-initialised layer, so that outputs are the network's own at step 0.
 
     Raises:
-        ValueError: if the network is not a UNet2DConditionModel.
+        ValueError: if the network is neither a UNet2DConditionModel nor a small network of a closed-form teacher.
     """
+    return _widened(network, TIME_FEATURES * count, "another time or number as an input")
+
+
+def with_guidance_input(network: nn.Module, dim: int = TIME_FEATURES) -> nn.Module:
+    """A copy of a network that takes `timestep_cond=guidance_embedding(w, dim)`: equal outputs at step 0.
+
+    Raises:
+        ValueError: as `with_extra_times`.
+    """
+    return _widened(network, dim, "a guidance embedding (fix guidance_scale to do without)")
+
+
+def _widened(network: nn.Module, dim: int, what: str) -> nn.Module:
     from diffusers import UNet2DConditionModel
 
+    if isinstance(network, WidenableNetwork):
+        return network.widened(dim)
     if not isinstance(network, UNet2DConditionModel):
         raise ValueError(
-            f"guidance embedding needs a UNet2DConditionModel, got {type(network).__name__}. Fix guidance_scale."
+            f"{what} needs a UNet2DConditionModel, whose time embedding has a slot for it, got "
+            f"{type(network).__name__}."
+        )
+    if network.config.time_cond_proj_dim is not None:
+        raise ValueError(
+            f"{what} has no free slot: this network already takes {network.config.time_cond_proj_dim} extra features "
+            "(a guidance embedding); start from the teacher without them."
         )
     copy = UNet2DConditionModel.from_config(network.config, time_cond_proj_dim=dim)
     missing, unexpected = copy.load_state_dict(network.state_dict(), strict=False)
