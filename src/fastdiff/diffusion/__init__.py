@@ -8,6 +8,7 @@ from .losses import (
     discriminator_softplus,
     dmd_normaliser,
     generator_hinge,
+    generator_margin,
     generator_softplus,
     mse,
     pseudo_huber,
@@ -27,6 +28,7 @@ from .schedules import (
     rewrap,
     schedule_from_config,
 )
+from .solvers import Solver, invert, solve, teacher_times
 from .steps import ddim_eta, er_sde, euler, heun, heun_flow, jump, pf_velocity, renoise
 from .tensors import as_times, broadcast_to, compute_dtype
 from .timesteps import (
@@ -61,6 +63,7 @@ __all__ = [
     "Randomness",
     "Segments",
     "Shifted",
+    "Solver",
     "Terminal",
     "TimeSampler",
     "TrigSchedule",
@@ -78,10 +81,12 @@ __all__ = [
     "er_sde",
     "euler",
     "generator_hinge",
+    "generator_margin",
     "generator_softplus",
     "guide",
     "heun",
     "heun_flow",
+    "invert",
     "jump",
     "lcm_grid",
     "mse",
@@ -91,6 +96,8 @@ __all__ = [
     "renoise",
     "rewrap",
     "schedule_from_config",
+    "solve",
     "surrogate",
+    "teacher_times",
     "trailing_grid",
 ]
