@@ -15,6 +15,7 @@ __all__ = [
     "discriminator_softplus",
     "dmd_normaliser",
     "generator_hinge",
+    "generator_margin",
     "generator_softplus",
     "mse",
     "pseudo_huber",
@@ -68,6 +69,11 @@ def discriminator_softplus(real_logits: Tensor, fake_logits: Tensor) -> Tensor:
 def generator_hinge(fake_logits: Tensor) -> Tensor:
     """Mean of minus the logit."""
     return -_full(fake_logits).mean()
+
+
+def generator_margin(fake_logits: Tensor) -> Tensor:
+    """Mean relu(1 - logit): the hinge generator that stops pushing samples taken for real (PCM's released code)."""
+    return F.relu(1 - _full(fake_logits)).mean()
 
 
 def discriminator_hinge(real_logits: Tensor, fake_logits: Tensor) -> Tensor:

@@ -137,10 +137,15 @@ class ScoreGap(Method):
         t = any_time(ctx, "critic/t")
         eps = ctx.random.normal("critic/eps", batch.latent_shape)
         x_t = ctx.denoiser.schedule.add_noise(x, eps, t)
-        prediction = ctx.denoiser(x_t, t, batch.cond, "fake_score")
-        return {
-            "denoising": mse(prediction.native, prediction_target(prediction.kind, prediction.schedule, x, eps, t))
-        }
+        prediction, terms = self.critic_call(x, x_t, t, batch, ctx)
+        target = prediction_target(prediction.kind, prediction.schedule, x, eps, t)
+        return {"denoising": mse(prediction.native, target)} | terms
+
+    def critic_call(
+        self, x: Tensor, x_t: Tensor, t: Tensor, batch: Batch, ctx: Context
+    ) -> tuple[Prediction, dict[str, Tensor]]:
+        """The fake score's prediction at `x_t`, and terms of the same update that can share its call."""
+        return ctx.denoiser(x_t, t, batch.cond, "fake_score"), {}
 
     # Pieces
 

@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
+import torch
 from torch import Tensor, nn
+
+_LEAST_WIDTH = 64  # features of few channels, as a closed-form teacher's are, still need room to be combined
 
 
 class FeatureHead(nn.Module):
@@ -14,7 +19,7 @@ class FeatureHead(nn.Module):
 
     def __init__(self, channels: int, width: int = 256, groups: int = 32) -> None:
         super().__init__()
-        width = min(width, channels)
+        width = min(width, max(channels, _LEAST_WIDTH))
         groups = min(groups, width // 4 or 1)
         self.layers = nn.Sequential(
             nn.Conv2d(channels, width, 3, stride=2, padding=1),
@@ -28,3 +33,17 @@ class FeatureHead(nn.Module):
 
     def forward(self, features: Tensor) -> Tensor:
         return self.layers(features).mean(dim=(1, 2, 3))
+
+
+class FeatureHeads(nn.ModuleList):
+    """One `FeatureHead` for each tapped activation: activations `(B, C_k, H_k, W_k)`, k = 1..K -> logits `(B, K)`.
+
+    Heads compute in the precision of their own weights.
+    """
+
+    def __init__(self, channels: Iterable[int]) -> None:
+        super().__init__(FeatureHead(count) for count in channels)
+
+    def forward(self, *features: Tensor) -> Tensor:
+        dtype = next(self.parameters()).dtype
+        return torch.stack([head(one.to(dtype)) for head, one in zip(self, features, strict=True)], dim=1)

@@ -37,5 +37,13 @@ class Family(ABC):
         """One network evaluation: `x_t` `(B, C, H, W)`, `time` `(B,)` as the network is fed -> native output."""
 
     @abstractmethod
+    def feature_taps(self, network: nn.Module) -> dict[str, int]:
+        """Modules whose activations `(B, C, H, W)` discriminators may read, in running order: name -> channels."""
+
     def feature_channels(self, network: nn.Module) -> int:
-        """Channels of the activation at `feature_tap`, for discriminator heads."""
+        """Channels of the activation at `feature_tap`."""
+        return self.feature_taps(network)[self.feature_tap]
+
+    def middle_taps(self, network: nn.Module) -> dict[str, int]:
+        """The one tap that a single head reads."""
+        return {self.feature_tap: self.feature_channels(network)}

@@ -38,5 +38,13 @@ class StableDiffusion(Family):
         embeds = cond.tensors["prompt_embeds"]
         return network(x_t, time, encoder_hidden_states=embeds, return_dict=False, **inputs)[0]
 
-    def feature_channels(self, network: nn.Module) -> int:
-        return network.config.block_out_channels[-1]
+    def feature_taps(self, network: nn.Module) -> dict[str, int]:
+        return unet_feature_taps(network)
+
+
+def unet_feature_taps(network: nn.Module) -> dict[str, int]:
+    """Every level of a conditional UNet: name -> channels, from the first down block to the last up block."""
+    widths = network.config.block_out_channels
+    down = {f"down_blocks.{level}": width for level, width in enumerate(widths)}
+    up = {f"up_blocks.{level}": width for level, width in enumerate(reversed(widths))}
+    return down | {"mid_block": widths[-1]} | up

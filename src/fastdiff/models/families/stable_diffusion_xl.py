@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from fastdiff.models.conditioning import Conditioning
 from fastdiff.models.families.base import Family
-from fastdiff.models.families.stable_diffusion import UNET_LORA_TARGETS
+from fastdiff.models.families.stable_diffusion import UNET_LORA_TARGETS, unet_feature_taps
 
 
 class StableDiffusionXL(Family):
@@ -47,8 +47,8 @@ class StableDiffusionXL(Family):
             0
         ]
 
-    def feature_channels(self, network: nn.Module) -> int:
-        return network.config.block_out_channels[-1]
+    def feature_taps(self, network: nn.Module) -> dict[str, int]:
+        return unet_feature_taps(network)
 
 
 def _bundle(embeds: Tensor, pooled: Tensor, resolution: int) -> Conditioning:
