@@ -70,6 +70,8 @@ def _specs(method: Method, teacher: TeacherLike, settings: Settings) -> dict[str
         # An adapter's target is the live adapter: an average of low-rank factors is not the average of products.
         if isinstance(specs[target.source], FullSpec):
             specs[target.role] = FullSpec(copy.deepcopy(specs[target.source].module))
+    for role, like in method.frozen().items():
+        specs[role] = copy.deepcopy(specs[like])
     return specs
 
 

@@ -246,6 +246,7 @@ class Trainer:
         roles = self.networks.roles
         groups = {name: roles.state_dict(name) for name in self.optimizers if name in roles}
         groups |= {t.role: roles.state_dict(t.role) for t in self.method.targets() if t.role in roles}
+        groups |= {role: roles.state_dict(role) for role in self.method.frozen()}
         groups |= {name: module.state_dict() for name, module in self.networks.modules.items()}
         groups |= {f"optimizer_{name}": optimizer.state_tensors() for name, optimizer in self.optimizers.items()}
         groups |= {"ema": self.student.average_tensors(), "method": self.method.state_dict()}

@@ -187,6 +187,20 @@ class Method(ABC):
         """Roles that follow others inside training."""
         return ()
 
+    def frozen(self) -> Mapping[str, str]:
+        """Roles that no update trains, each with the role whose kind (adapter or full) it has.
+
+        They start as the teacher, and hold e.g. a recorded score or an earlier expert.
+        """
+        return {}
+
+    def inherits(self) -> Mapping[str, tuple[str, ...]] | None:
+        """What `init_from` gives to which role or module; None takes everything by its own name.
+
+        Own name -> names in the earlier run, of which the first that is there counts.
+        """
+        return None
+
     def state_dict(self) -> dict[str, Tensor]:
         """What the method remembers between steps, besides weights."""
         return {}

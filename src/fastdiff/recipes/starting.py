@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import functools
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -21,21 +22,30 @@ def start_from(trainer: Trainer, source: str | None) -> None:
 
     Args:
         trainer: a run that has not begun.
-        source: a checkpoint `checkpoints/step-N` (all roles and modules it shares with this run are taken), a run
-            folder (its last checkpoint), a student folder (the student alone is taken), or None.
+        source: a checkpoint `checkpoints/step-N` (all roles and modules it shares with this run are taken, or those
+            that the method's `inherits` names), a run folder (its last checkpoint), a student folder (the student
+            alone is there), or None.
 
     Raises:
-        FileNotFoundError: if it is none of these.
-        ValueError: if the weights do not fit, e.g. a LoRA of another rank or a full student for a LoRA run.
+        FileNotFoundError: if it is none of these, or lacks a role that the method must have from it.
+        ValueError: if the weights do not fit, e.g. a LoRA of another rank or a full student for a LoRA run; or if
+            nothing is given to a method that goes on from an earlier run.
     """
+    method = trainer.method
     if source is None:
+        missing = sorted((method.inherits() or {}).keys() & method.frozen().keys())
+        if missing:
+            raise ValueError(
+                f"{method.info.name} goes on from an earlier run, whose weights become {', '.join(missing)}: give "
+                "that run's folder as --init_from"
+            )
         return
     folder = Path(source)
     checkpoint = folder if (folder / STATE).is_file() else last_checkpoint(folder)
     if checkpoint is not None:
         _from_checkpoint(trainer, checkpoint)
         return
-    trainer.networks.roles.load_state_dict("student", student_weights(trainer, folder))
+    _take(trainer, {"student": lambda: student_weights(trainer, folder)}, folder)
 
 
 def last_checkpoint(run: Path) -> Path | None:
@@ -82,12 +92,41 @@ def _adapter_names(weights: Mapping[str, Tensor], component: str, trainer: Train
 def _from_checkpoint(trainer: Trainer, folder: Path) -> None:
     from safetensors.torch import load_file
 
-    roles, modules = trainer.networks.roles, trainer.networks.modules
-    names = [path.stem for path in folder.glob("*.safetensors")]
-    for name in names:
-        if name in roles:
-            roles.load_state_dict(name, load_file(folder / f"{name}.safetensors"))
-        elif name in modules:
-            modules[name].load_state_dict(load_file(folder / f"{name}.safetensors"))
-    if "student" not in names:
+    found = {path.stem: functools.partial(load_file, path) for path in sorted(folder.glob("*.safetensors"))}
+    if "student" not in found:
         raise FileNotFoundError(f"checkpoint {folder} holds no student.safetensors")
+    _take(trainer, found, folder)
+
+
+def _take(trainer: Trainer, found: Mapping[str, Callable[[], Mapping[str, Tensor]]], folder: Path) -> None:
+    """Gives the weights that `found` reads to the roles and modules that want them."""
+    roles, modules = trainer.networks.roles, trainer.networks.modules
+    wanted = trainer.method.inherits()
+    for name, sources in ({name: (name,) for name in found} if wanted is None else wanted).items():
+        source = next((source for source in sources if source in found), None)
+        if name in modules and source is not None:
+            modules[name].load_state_dict(found[source]())
+        elif name in roles and source is None:
+            raise FileNotFoundError(
+                f"init_from {folder} holds no {' or '.join(sources)}, which the role {name} of "
+                f"{trainer.method.info.name} comes from; it holds {', '.join(found)}"
+            )
+        elif name in trainer.method.frozen() and "ema" in found and source == "student":
+            averaged = found["ema"]()  # what the earlier run exported
+            names = [parameter for parameter, _ in roles.named_parameters(name)]
+            roles.load_state_dict(name, {own: averaged[str(index)] for index, own in enumerate(names)})
+        elif name in roles:
+            _give(trainer, name, found[source](), source)
+
+
+def _give(trainer: Trainer, role: str, weights: Mapping[str, Tensor], source: str) -> None:
+    """Adapter weights carry the name of their role, which is changed to that of the role that takes them."""
+    roles = trainer.networks.roles
+    if role != source:
+        adapter = roles.is_adapter(role)
+        if adapter != any(".lora_" in name for name in weights) and role not in trainer.method.frozen():
+            return  # an adapter cannot start from a full network, nor the reverse: the role starts as the teacher
+        if adapter:
+            old, new = f".{source}.weight", f".{role}.weight"
+            weights = {name.removesuffix(old) + new: tensor for name, tensor in weights.items()}
+    roles.load_state_dict(role, weights)
