@@ -5,10 +5,12 @@ from __future__ import annotations
 import difflib
 
 from fastdiff.methods.base import Batch, Context, Group, Method, MethodInfo, TargetNetwork, Update
+from fastdiff.methods.decoupled_dmd import DecoupledDMD, DecoupledDMDConfig
+from fastdiff.methods.disback import DisBack, DisBackConfig
 from fastdiff.methods.dmd2 import DMD2, DMD2Config
 from fastdiff.methods.lcm import LCM, LCMConfig
 
-METHODS: tuple[type[Method], ...] = (DMD2, LCM)
+METHODS: tuple[type[Method], ...] = (DMD2, LCM, DecoupledDMD, DisBack)
 
 
 def method_named(name: str) -> type[Method]:
@@ -27,6 +29,8 @@ def method_named(name: str) -> type[Method]:
 
 
 __all__ = [
+    "DisBack",
+    "DisBackConfig",
     "LCM",
     "METHODS",
     "DMD2",
@@ -40,4 +44,6 @@ __all__ = [
     "TargetNetwork",
     "Update",
     "method_named",
+    "DecoupledDMD",
+    "DecoupledDMDConfig",
 ]
