@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from fastdiff.cli.parsing import Parser, add_options, show_progress_only
+from fastdiff.cli.parsing import Parser, add_options, read_options, show_progress_only
 from fastdiff.recipes.declared import options_of
 from fastdiff.recipes.errors import RecipeError
 from fastdiff.recipes.options import ALIASES
@@ -30,11 +30,7 @@ def main(arguments: list[str]) -> int:
     for name in ("resolution", "encode_batch_size", "shard_size"):
         if flags[name] is not None and flags[name] < 1:
             raise RecipeError(f"--{name} must be at least 1, got {flags[name]}")
-    values = {}
-    for option in (*teacher_options, *data_options):
-        names = [option.name, *(alias for alias, own in ALIASES.items() if own == option.name)]
-        given = [flags[name] for name in names if name in flags]
-        values[option.name] = option.read(given[-1]) if given else option.default
+    values = read_options(flags, (*teacher_options, *data_options), ALIASES)
     show_progress_only()
     from fastdiff.recipes.caching import cache
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import argparse
 import logging
 import sys
-from collections.abc import Iterable
-from typing import NoReturn
+from collections.abc import Iterable, Mapping
+from typing import Any, NoReturn
 
 from fastdiff.recipes.declared import REQUIRED, Option
 from fastdiff.recipes.errors import RecipeError
@@ -41,6 +41,16 @@ def add_options(group: argparse._ArgumentGroup | Parser, options: Iterable[Optio
         group.add_argument(f"--{option.name}", help=text, default=argparse.SUPPRESS, **shape)
         for name in names:
             group.add_argument(f"--{name}", help=argparse.SUPPRESS, default=argparse.SUPPRESS, **shape)
+
+
+def read_options(flags: Mapping[str, Any], options: Iterable[Option], aliases: Mapping[str, str]) -> dict[str, Any]:
+    """The value of each option, under whichever of its names it was given, or its default."""
+    values = {}
+    for option in options:
+        names = [option.name, *(alias for alias, own in aliases.items() if own == option.name)]
+        given = [flags[name] for name in names if name in flags]
+        values[option.name] = option.read(given[-1]) if given else option.default
+    return values
 
 
 def show_progress_only() -> None:

@@ -44,15 +44,16 @@ class CacheReader:
     def __init__(self, folder: str | Path, teacher: str | None = None, verify: bool = True):
         self.folder = Path(folder)
         self._index = read_index(self.folder)
+        verb = "pairs" if self.meta.details.get("kind") == "pairs" else "cache"
         if not self._index.complete:
             raise CacheError(
                 f"the cache {self.folder} was interrupted after {self._index.count:,} records: run the same "
-                "`fastdiff cache` command again, it goes on from there"
+                f"`fastdiff {verb}` command again, it goes on from there"
             )
         if teacher is not None and teacher != self.meta.teacher:
             raise CacheMismatchError(
                 f"the cache {self.folder} was made with the teacher {self.meta.teacher!r}, not {teacher!r}: its "
-                "tensors mean nothing to this one. Make this teacher a cache with `fastdiff cache`, or give that one"
+                f"tensors mean nothing to this one. Make this teacher a cache with `fastdiff {verb}`, or give that one"
             )
         files = [*self._index.shards, *([self._index.null] if self._index.null else [])]
         for file in files:

@@ -106,7 +106,7 @@ def open_training_data(
     if needs == "pairs":
         raise UnsuitableDataError(
             f"this method needs pairs of noise and sample, but {path} holds a {kind}: make pairs from prompts with "
-            "`fastdiff cache`"
+            "`fastdiff pairs`"
         )
     if kind is DataKind.PROMPTS:
         if needs == "images":
@@ -128,12 +128,13 @@ def _image_kinds(column: str) -> str:
 
 
 def _cached(reader: CacheReader, needs: Needs) -> CachedData:
+    verb = "pairs" if needs == "pairs" else "cache"
     required = {"prompts": (), "images": ("latents",), "pairs": PAIR_FIELDS}[needs]
     missing = [name for name in required if name not in reader.fields]
     if missing:
         raise UnsuitableDataError(
             f"this method needs {needs}, but the cache {reader.folder} lacks {', '.join(missing)} (it holds "
-            f"{', '.join(reader.fields)}): make a cache of {needs} with `fastdiff cache`"
+            f"{', '.join(reader.fields)}): make a cache of {needs} with `fastdiff {verb}`"
         )
     return CachedData(reader)
 

@@ -81,7 +81,7 @@ class Batches:
             null=self.null,
             latent_shape=self.latent_shape,
             latents=self._latents(items, Randomness(self.settings.seed, step, indices)),
-            extra={name: items[name].to(self.device, non_blocking=True) for name in ("noise",) if name in items},
+            extra={n: items[n].to(self.device, torch.float32, non_blocking=True) for n in ("noise",) if n in items},
             prompts=tuple(items.get("prompt", ())),
         )
 
