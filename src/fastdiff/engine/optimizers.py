@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from typing import Any
 
@@ -38,7 +39,7 @@ class GroupOptimizer:
 
     def end_step(self) -> None:
         """Advances the learning rate; schedules count the run's steps, also those in which the group rests."""
-        self.schedule.step()
+        self._seek(self.schedule.last_epoch + 1)
 
     def state_tensors(self) -> dict[str, Tensor]:
         """The optimizer's tensors as `index.key`, in the order of the parameters."""
@@ -52,7 +53,7 @@ class GroupOptimizer:
 
     def state_json(self) -> dict[str, Any]:
         """What is not a tensor: the schedule's position."""
-        return {"schedule": {"last_epoch": self.schedule.last_epoch, "steps": self.schedule._step_count}}
+        return {"schedule": {"last_epoch": self.schedule.last_epoch}}
 
     def load_state(self, tensors: dict[str, Tensor], values: dict[str, Any]) -> None:
         """Restores `state_tensors` and `state_json`."""
@@ -62,15 +63,14 @@ class GroupOptimizer:
             state.setdefault(int(index), {})[key] = tensor
         groups = self.optimizer.state_dict()["param_groups"]
         self.optimizer.load_state_dict({"state": state, "param_groups": groups})
-        self.schedule.last_epoch = values["schedule"]["last_epoch"]
-        self.schedule._step_count = values["schedule"]["steps"]
-        rates = [base * factor(self.schedule.last_epoch) for base, factor in self._factors()]
-        for param_group, rate in zip(self.optimizer.param_groups, rates):
-            param_group["lr"] = rate
-        self.schedule._last_lr = rates
+        self._seek(values["schedule"]["last_epoch"])
 
-    def _factors(self) -> list[tuple[float, Any]]:
-        return list(zip(self.schedule.base_lrs, self.schedule.lr_lambdas))
+    def _seek(self, step: int) -> None:
+        """Sets the rate of a step; `schedule.step()` would warn in groups that rest in the first step."""
+        rates = [base * factor(step) for base, factor in zip(self.schedule.base_lrs, self.schedule.lr_lambdas)]
+        for group, rate in zip(self.optimizer.param_groups, rates):
+            group["lr"] = rate
+        self.schedule.last_epoch, self.schedule._last_lr = step, rates
 
 
 def _schedule(optimizer: torch.optim.Optimizer, settings: Settings) -> torch.optim.lr_scheduler.LambdaLR:
