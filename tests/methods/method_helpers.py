@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from fastdiff.diffusion import Gaussian, InjectedRandomness, NoiseSchedule, Prediction, Randomness, VPSchedule
 from fastdiff.methods import Batch, Context
-from fastdiff.models.analytic import AnalyticFamily, ExactNetwork
+from fastdiff.models.analytic import AnalyticFamily, ExactNetwork, _schedule_time
 from fastdiff.models.conditioning import Conditioning
 from fastdiff.models.denoiser import Denoiser
 from fastdiff.models.roles import FullSpec, Roles
@@ -63,7 +63,7 @@ class CleanMap(nn.Module):
 
     def forward(self, x_t: Tensor, time: Tensor, labels: Tensor) -> Tensor:
         x0 = self.x0(x_t.flatten(1), time, labels).reshape(x_t.shape)
-        return Prediction.from_x0(x0, x_t, time, self.schedule).as_kind(self.kind)
+        return Prediction.from_x0(x0, x_t, _schedule_time(self.schedule, time), self.schedule).as_kind(self.kind)
 
     def enable_gradient_checkpointing(self, _function: Callable) -> None:
         pass
@@ -162,10 +162,18 @@ def spatial(rows: Tensor) -> Tensor:
     return rows[:, :, None, None]
 
 
-def run(method, denoiser: Denoiser, optimizers: Mapping, batch: Batch, steps: int, after=lambda step: None) -> None:
+def run(
+    method,
+    denoiser: Denoiser,
+    optimizers: Mapping,
+    batch: Batch,
+    steps: int,
+    after=lambda step: None,
+    modules: Mapping | None = None,
+) -> None:
     """The engine's loop on one batch shape, with fresh counter-based draws a step."""
     for step in range(steps):
-        ctx = context(denoiser, len(batch), step=step)
+        ctx = context(denoiser, len(batch), step=step, modules=modules)
         for update in method.updates(step):
             trained = [p for group in update.trains for p in denoiser.roles.parameters(group)]
             sum(update.loss(batch, ctx).values()).backward(inputs=trained) if trained else None

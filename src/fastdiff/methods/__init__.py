@@ -8,9 +8,10 @@ from fastdiff.methods.base import Batch, Context, Group, Method, MethodInfo, Tar
 from fastdiff.methods.decoupled_dmd import DecoupledDMD, DecoupledDMDConfig
 from fastdiff.methods.disback import DisBack, DisBackConfig
 from fastdiff.methods.dmd2 import DMD2, DMD2Config
+from fastdiff.methods.f_distill import FDistill, FDistillConfig
 from fastdiff.methods.lcm import LCM, LCMConfig
 
-METHODS: tuple[type[Method], ...] = (DMD2, LCM, DecoupledDMD, DisBack)
+METHODS: tuple[type[Method], ...] = (DMD2, LCM, DecoupledDMD, DisBack, FDistill)
 
 
 def method_named(name: str) -> type[Method]:
@@ -29,14 +30,18 @@ def method_named(name: str) -> type[Method]:
 
 
 __all__ = [
-    "DisBack",
-    "DisBackConfig",
+    "DMD2",
     "LCM",
     "METHODS",
-    "DMD2",
     "Batch",
     "Context",
     "DMD2Config",
+    "DecoupledDMD",
+    "DecoupledDMDConfig",
+    "DisBack",
+    "DisBackConfig",
+    "FDistill",
+    "FDistillConfig",
     "Group",
     "LCMConfig",
     "Method",
@@ -44,6 +49,4 @@ __all__ = [
     "TargetNetwork",
     "Update",
     "method_named",
-    "DecoupledDMD",
-    "DecoupledDMDConfig",
 ]

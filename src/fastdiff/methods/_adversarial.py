@@ -95,8 +95,12 @@ class Adversary:
         """A time for each sample, `(B,)`."""
         if self.times is None:
             return any_time(ctx, f"{site}/t")
-        log_kappa = self.times.mean + self.times.std * ctx.random.normal(f"{site}/t", ())
-        return ctx.denoiser.schedule.time_of_kappa(log_kappa.exp())
+        kappa = (self.times.mean + self.times.std * ctx.random.normal(f"{site}/t", ())).exp()
+        schedule = ctx.denoiser.schedule
+        indices = torch.arange(schedule.indices, device=kappa.device)
+        # The next noisier index: some networks were trained on whole numbers only.
+        index = torch.searchsorted(schedule.kappa(schedule.time_of_index(indices)), kappa)
+        return schedule.time_of_index(index.clamp_max(schedule.indices - 1))
 
     def noised(
         self, x: Tensor, ctx: Context, site: str, t: Tensor | None = None, start: Tensor | None = None
