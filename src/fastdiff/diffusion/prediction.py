@@ -15,10 +15,10 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
-from .schedules import NoiseSchedule
+from .schedules import NoiseSchedule, Terminal
 from .tensors import as_times, broadcast_to, compute_dtype
 
-__all__ = ["Prediction", "PredictionKind", "guide", "prediction_target"]
+__all__ = ["Prediction", "PredictionKind", "guide", "prediction_target", "transition_target"]
 
 PredictionKind = Literal["epsilon", "sample", "v_prediction", "flow"]
 
@@ -136,6 +136,38 @@ def prediction_target(
     x0, eps = x0.to(dtype), eps.to(dtype)
     a, b = _weights(kind, *schedule.levels(t, x0))
     return a * x0 + b * eps
+
+
+def transition_target(
+    kind: PredictionKind,
+    schedule: NoiseSchedule,
+    x_s: Tensor,
+    s: Tensor | float | Terminal,
+    eps: Tensor,
+    t: Tensor | float,
+) -> Tensor:
+    """What a network of this kind is regressed on at ``x_t = transition(x_s, s, t, eps)``, where ``x_s`` is not clean.
+
+    With ``x_t = r x_s + q eps`` the pair ``x* = (x_s - r sigma_s^2 / q eps) / alpha_s``, ``eps* = sigma_t / q eps``
+    satisfies ``alpha_t x* + sigma_t eps* = x_t`` in every sample, and its mean given ``x_t`` is the denoiser of the law
+    that ``x_s`` comes from, whatever that is: ``-eps/q`` is the score of the kernel (Phased DMD, arXiv 2510.27684, eq. 13
+    for flows; the same identity for every process and kind). With ``s`` clean it is :func:`prediction_target` of
+    ``x_s``. Treating ``x_s`` as clean instead biases what is learned. The target grows like ``1/q`` as ``t`` falls to
+    ``s``; at ``t = s`` it is not defined, and neither is it where ``x_s`` holds no signal. Float32 or better.
+
+    Raises:
+        ValueError: for an unknown kind.
+    """
+    _check_kind(kind)
+    dtype = compute_dtype(x_s, eps)
+    x_s, eps = x_s.to(dtype), eps.to(dtype)
+    alpha_s, sigma_s = schedule.levels(s, x_s)
+    alpha_t, sigma_t = schedule.levels(t, x_s)
+    kept, added = schedule.kernel(s, t, x_s)
+    clean = (x_s - kept * sigma_s**2 / added * eps) / alpha_s
+    noise = sigma_t / added * eps
+    a, b = _weights(kind, alpha_t, sigma_t)
+    return a * clean + b * noise
 
 
 def guide(null: Tensor, cond: Tensor, w: Tensor | float) -> Tensor:

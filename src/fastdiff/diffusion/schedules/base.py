@@ -91,13 +91,18 @@ class NoiseSchedule(ABC):
         of every process. Nothing checks the order, since that would wait for the device; for ``t < s`` the noise
         term is zero.
         """
-        alpha_s, sigma_s = self.levels(s, x_s)
-        alpha_t, sigma_t = self.levels(t, x_s)
+        kept, added = self.kernel(s, t, x_s)
+        return (kept * x_s + added * eps).to(x_s.dtype)
+
+    def kernel(self, s: Tensor | float | Terminal, t: Tensor | float, x: Tensor) -> tuple[Tensor, Tensor]:
+        """What ``transition`` multiplies ``x_s`` and the noise by, shaped for ``x``: ``r`` and the added noise level."""
+        alpha_s, sigma_s = self.levels(s, x)
+        alpha_t, sigma_t = self.levels(t, x)
         no_signal = alpha_s == 0  # s is the end of a zero-terminal-SNR or flow process: only t = s can follow
         ratio = torch.where(no_signal, 1.0, alpha_t / torch.where(no_signal, 1.0, alpha_s))
         # The difference of squares as a product: nothing cancels when t is close to s.
         variance = (sigma_t - ratio * sigma_s) * (sigma_t + ratio * sigma_s)
-        return (ratio * x_s + variance.clamp_min(0).sqrt() * eps).to(x_s.dtype)
+        return ratio, variance.clamp_min(0).sqrt()
 
 
 def rewrap(x: Tensor, t: Tensor | float, source: NoiseSchedule, target: NoiseSchedule) -> tuple[Tensor, Tensor]:
