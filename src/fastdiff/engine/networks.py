@@ -12,6 +12,7 @@ from fastdiff.engine.settings import RoleKind, Settings
 from fastdiff.methods import Method
 from fastdiff.models.denoiser import Denoiser
 from fastdiff.models.roles import AdapterSpec, FullSpec, Roles
+from fastdiff.models.scorers import Scorer
 from fastdiff.models.teacher import TeacherLike
 
 
@@ -31,7 +32,7 @@ class Networks:
         return list(self.modules[group].parameters()) if group in self.modules else self.roles.parameters(group)
 
 
-def build_networks(method: Method, teacher: TeacherLike, settings: Settings) -> Networks:
+def build_networks(method: Method, teacher: TeacherLike, settings: Settings, scorer: Scorer | None = None) -> Networks:
     """Roles as adapters or full modules, as the settings say and the method allows.
 
     The same seed gives the same initial weights on every process.
@@ -54,7 +55,8 @@ def build_networks(method: Method, teacher: TeacherLike, settings: Settings) -> 
             torch.bfloat16 if settings.mixed_precision == "bf16" else _weight_dtype(teacher.network),
             one_call=not settings.split_roles,
         )
-        modules = {name: module.to(_device(teacher.network)) for name, module in method.modules(denoiser).items()}
+        modules = method.modules(denoiser) | (method.scorer_modules(scorer) if scorer else {})
+        modules = {name: module.to(_device(teacher.network)) for name, module in modules.items()}
     return Networks(denoiser, modules)
 
 
@@ -67,8 +69,16 @@ def _specs(method: Method, teacher: TeacherLike, settings: Settings) -> dict[str
             rank = settings.fake_score_lora_rank or settings.lora_rank
             specs[group] = _spec(settings.fake_score, rank, teacher, settings)
     for target in method.targets():
-        # An adapter's target is the live adapter: an average of low-rank factors is not the average of products.
-        if isinstance(specs[target.source], FullSpec):
+        full = isinstance(specs[target.source], FullSpec)
+        if target.role in specs:
+            if not (full and isinstance(specs[target.role], FullSpec)):
+                raise ValueError(
+                    f"{method.info.name} averages the weights of {target.role} and {target.source}, which adapters do "
+                    "not have: an average of low-rank factors is not the average of products. Train both in full "
+                    "(student and fake_score: full), or leave out the pull."
+                )
+        # An adapter's target is the live adapter, for the same reason.
+        elif full:
             specs[target.role] = FullSpec(copy.deepcopy(specs[target.source].module))
     for role, like in method.frozen().items():
         specs[role] = copy.deepcopy(specs[like])

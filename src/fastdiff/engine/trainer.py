@@ -71,8 +71,8 @@ class Trainer:
         self.on_preview, self.on_start, self.validate = on_preview, on_start, validate
         torch.backends.cuda.matmul.allow_tf32 = settings.allow_tf32
         warn_if_alone(self.accelerator.num_processes)
-        self.networks: Networks = build_networks(method, teacher, settings)
         self.scorer: Scorer | None = open_scorer(settings.scorer, self.device) if method.needs_scorer() else None
+        self.networks: Networks = build_networks(method, teacher, settings, self.scorer)
         groups = method.groups()
         self.optimizers = {
             name: GroupOptimizer(name, self.networks.parameters(name), group, settings)
@@ -185,10 +185,12 @@ class Trainer:
         if group == "student":
             self.student.average()
         for target in self.method.targets():
-            if target.source == group and target.role in self.networks.roles:
+            if (target.after or target.source) == group and target.role in self.networks.roles:
                 with torch.no_grad():
                     torch._foreach_lerp_(
-                        self.networks.parameters(target.role), self.networks.parameters(group), 1 - target.decay
+                        self.networks.parameters(target.role),
+                        self.networks.parameters(target.source),
+                        1 - target.decay,
                     )
 
     def _prove_outputs(self) -> None:

@@ -129,11 +129,19 @@ class Group:
 
 @dataclass(frozen=True)
 class TargetNetwork:
-    """A role that follows another as an exponential moving average inside training (not for evaluation)."""
+    """A role that follows another as an exponential moving average inside training (not for evaluation).
+
+    Args:
+        role: what moves; a role that is trained as well is pulled towards the other.
+        source: what it moves to.
+        decay: the share of its own weights that stays.
+        after: the group whose step is followed by this one; the source if not given.
+    """
 
     role: str
     source: str
     decay: float
+    after: str | None = None
 
 
 class Method(ABC):
@@ -173,6 +181,10 @@ class Method(ABC):
 
     def modules(self, denoiser: Denoiser) -> dict[str, nn.Module]:
         """Trainable modules that are not denoisers, e.g. discriminator heads."""
+        return {}
+
+    def scorer_modules(self, scorer: Scorer) -> dict[str, nn.Module]:
+        """Trainable modules on the scorer's features, e.g. heads of a discriminator of images; asked with a scorer."""
         return {}
 
     def student_network(self, network: nn.Module) -> nn.Module | None:

@@ -30,6 +30,11 @@ class Scorer(Protocol):
         """Activations `(B, C, h, w)`, finest first, e.g. for a discriminator's heads."""
         ...
 
+    @property
+    def feature_channels(self) -> tuple[int, ...]:
+        """Channels C of each activation."""
+        ...
+
     def image_embedding(self, images: Tensor) -> Tensor:
         """`(B, D)` of length 1; inner products with text embeddings are cosines."""
         ...
@@ -82,6 +87,13 @@ class TowerScorer:
         """The outputs of the image network's blocks, finest first."""
         visual = self.tower.model.visual
         return visual.forward_intermediates(self._pixels(images), intermediates_only=True)["image_intermediates"]
+
+    @property
+    def feature_channels(self) -> tuple[int, ...]:
+        """Found by looking at one black image."""
+        size = self.tower.preprocess.size
+        with torch.no_grad():
+            return tuple(one.shape[1] for one in self.features(self._weight.new_zeros(1, 3, size, size)))
 
     def image_embedding(self, images: Tensor) -> Tensor:
         """The projected image feature, scaled to length 1."""
