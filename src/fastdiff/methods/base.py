@@ -195,6 +195,10 @@ class Method(ABC):
         """Extra network inputs of the student when it is sampled, e.g. a guidance embedding."""
         return {}
 
+    def experts(self) -> tuple[str, ...]:
+        """The role that serves each step of `sampler()`: the student, unless it has frozen experts beside it."""
+        return ("student",) * len(self.sampler())
+
     def targets(self) -> tuple[TargetNetwork, ...]:
         """Roles that follow others inside training."""
         return ()
