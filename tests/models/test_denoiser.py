@@ -170,3 +170,24 @@ def test_bf16_compute_is_close_to_float32(tiny_sd):
         exact = build(copy.deepcopy(tiny_sd.unet))(x, t, cond, "student").native
         rough = build(tiny_sd.unet, dtype=torch.bfloat16)(x, t, cond, "student").native.float()
     assert 0 < (rough - exact).abs().max() < 0.05 * exact.abs().max()
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_passes_count_backward_and_recomputation(tiny_sd, checkpointing):
+    denoiser = build(tiny_sd.unet, checkpointing, fake=FullSpec())
+    x, t, cond, _ = question()
+    again = int(checkpointing)
+
+    def passes(role, trained, point):
+        before = denoiser.cost.passes
+        denoiser.cost.trained = trained
+        denoiser(point, t, cond, role)
+        return (denoiser.cost.passes - before) / len(x)
+
+    assert passes("student", ("student",), x) == 2 + again  # an adapter: forward, and back through frozen weights
+    assert passes("fake_score", ("fake_score",), x) == 3 + again  # a full role also has weight gradients
+    assert passes("fake_score", ("student",), x) == 1  # nothing to differentiate
+    assert passes("fake_score", ("student",), x.clone().requires_grad_()) == 2 + again  # only through it
+    with torch.no_grad():
+        assert passes("student", ("student",), x) == 1
+    assert denoiser.calls == 5 * len(x)

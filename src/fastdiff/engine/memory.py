@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from fastdiff.engine.networks import Networks
@@ -39,6 +40,15 @@ def state_memory(networks: Networks, optimizers: Mapping[str, GroupOptimizer]) -
     eight_bit = any("8bit" in type(optimizer.optimizer).__name__ for optimizer in optimizers.values())
     states = 2 * (sum(parameter.numel() for parameter in trained) if eight_bit else _bytes(trained))
     return StateMemory(_bytes(frozen), _bytes(trained), _bytes(trained), states)
+
+
+def peak_memory(device: torch.device) -> int:
+    """The most bytes held so far: allocated on a GPU, resident on a CPU (imports included)."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    import resource  # not on Windows
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 def _bytes(tensors: Iterable[Tensor]) -> int:

@@ -19,7 +19,7 @@ from fastdiff.engine.checkpoints import Checkpoints
 from fastdiff.engine.distributed import average_gradients, global_mean, warn_if_alone
 from fastdiff.engine.files import writable_folder
 from fastdiff.engine.interrupts import Interrupts
-from fastdiff.engine.memory import state_memory
+from fastdiff.engine.memory import peak_memory, state_memory
 from fastdiff.engine.metrics import DeferredMetrics
 from fastdiff.engine.networks import Networks, build_networks
 from fastdiff.engine.optimizers import GroupOptimizer
@@ -86,6 +86,7 @@ class Trainer:
         self.step = 0
         self.best: float | None = None
         self.seconds = 0.0
+        self.network_passes = 0
 
     @property
     def is_main(self) -> bool:
@@ -138,10 +139,13 @@ class Trainer:
 
     def train_step(self, batches: list[Batch]) -> None:
         """All updates of one step over its micro-batches."""
+        cost = self.networks.denoiser.cost
+        before = cost.passes  # previews and validation use the same networks and do not count
         stores: list[dict[str, Any]] = [{} for _ in batches]
         for update in self.method.updates(self.step):
             # Gradients of other groups are never computed: a loss may pass through a critic without training it.
             trained = [parameter for group in update.trains for parameter in self.optimizers[group].parameters]
+            cost.trained = update.trains
             for batch, store in zip(batches, stores):
                 loss = self._loss(update, batch, store)
                 (loss / len(batches)).backward(inputs=trained)
@@ -152,6 +156,7 @@ class Trainer:
                 self._follow(group)
         for optimizer in self.optimizers.values():
             optimizer.end_step()
+        self.network_passes += cost.passes - before
         self.step += 1
 
     def _loss(self, update: Update, batch: Batch, store: dict[str, Any]) -> Tensor:
@@ -254,6 +259,15 @@ class Trainer:
         groups |= {"ema": self.student.average_tensors(), "method": self.method.state_dict()}
         return {name: tensors for name, tensors in groups.items() if tensors}
 
+    def effort(self) -> dict[str, float]:
+        """What the run has cost: steps, seconds in them, network passes of this process (see `Cost`), peak memory."""
+        return {
+            "steps": self.step,
+            "seconds": self.seconds,
+            "network_passes": self.network_passes,
+            "peak_memory_mib": peak_memory(self.device) / 2**20,
+        }
+
     def json_state(self) -> dict[str, Any]:
         """Position, identity and everything that is not a tensor."""
         return {
@@ -263,6 +277,7 @@ class Trainer:
             "seed": self.settings.seed,
             "best": self.best,
             "seconds": self.seconds,
+            "network_passes": self.network_passes,
             "ema_steps": self.student.average_steps,
             "optimizers": {name: optimizer.state_json() for name, optimizer in self.optimizers.items()},
         }
@@ -283,6 +298,7 @@ class Trainer:
         self.student.load_average(tensors.get("ema", {}), values["ema_steps"])
         self.method.load_state_dict(tensors.get("method", {}))
         self.step, self.best, self.seconds = values["step"], values["best"], values["seconds"]
+        self.network_passes = values["network_passes"]
 
     def _check_identity(self, values: dict[str, Any]) -> None:
         own = {

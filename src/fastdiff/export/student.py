@@ -30,6 +30,7 @@ class StudentRecord:
         metrics: content of a report's metrics.json ({"protocol", "rows"}), or None when nothing was measured.
         load_back: content of `LoadBackReport.to_dict()`, or None.
         versions: package versions of the run.
+        effort: what the run cost: steps, seconds, network passes, peak memory.
     """
 
     method: str
@@ -40,6 +41,7 @@ class StudentRecord:
     metrics: Mapping[str, Any] | None = None
     load_back: Mapping[str, Any] | None = None
     versions: Mapping[str, str] = field(default_factory=lambda: package_versions())
+    effort: Mapping[str, float] = field(default_factory=dict)
 
     def to_dict(self) -> dict[str, Any]:
         """JSON content of `fastdiff.json`."""

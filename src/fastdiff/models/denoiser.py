@@ -48,6 +48,30 @@ class Taps:
     features: dict[str, Tensor] = field(default_factory=dict)
 
 
+@dataclass
+class Cost:
+    """What the networks of a run have been asked, in samples, so that methods can be compared by what they need.
+
+    A forward pass counts 1, a backward pass through a network 1, or 2 if its own weights get a gradient (a full role
+    that the update trains; the products of an adapter are small), a recomputation 1.
+    """
+
+    calls: int = 0
+    """Samples evaluated by a network."""
+    passes: int = 0
+    """The same with backward passes and recomputation."""
+    trained: tuple[str, ...] = ()
+    """The roles that the update at work trains; set by the loop."""
+
+    def count(self, samples: int, role: str, roles: Roles, x: Tensor) -> None:
+        """One network call for `samples` rows; whether a graph is kept follows from torch's state."""
+        self.calls += samples
+        trains = role in self.trained
+        keeps_graph = torch.is_grad_enabled() and (trains or x.requires_grad)
+        backward = (2 if trains and not roles.is_adapter(role) else 1) if keeps_graph else 0
+        self.passes += samples * (1 + backward + (keeps_graph and roles.checkpointing))
+
+
 class Denoiser:
     """Turns role, noisy latents, times and conditioning into a `Prediction`.
 
@@ -75,8 +99,12 @@ class Denoiser:
         self.kind = kind
         self.compute_dtype = compute_dtype
         self.one_call = one_call
-        self.calls = 0
-        """Sample evaluations of a network so far, for cost accounting."""
+        self.cost = Cost()
+
+    @property
+    def calls(self) -> int:
+        """Samples evaluated by a network so far."""
+        return self.cost.calls
 
     def __call__(
         self,
@@ -149,7 +177,7 @@ class Denoiser:
         times = self.schedule.network_time(t).expand(batch)
         x = x_t.to(self.compute_dtype).repeat(copies, *[1] * (x_t.dim() - 1))
         cond = Conditioning.cat(conds).to(dtype=self.compute_dtype)
-        self.calls += len(x)
+        self.cost.count(len(x), asks[0].role, self.roles, x_t)
         with self.roles.active.use(tuple(parts)), self._precision(network), _tapped(network, taps, stop):
             return self.family.call(network, x, times.repeat(copies), cond, **inputs)
 

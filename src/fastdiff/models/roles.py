@@ -95,6 +95,7 @@ class Roles:
             raise ValueError("the role 'teacher' is the frozen base itself and cannot be trained")
         self.base = base.requires_grad_(False).eval()
         self.active = ActiveParts()
+        self.checkpointing = gradient_checkpointing
         self._adapters: dict[str, Mapping[str, float]] = {TEACHER: {}}
         self._modules: dict[str, nn.Module] = {}
         for role, spec in specs.items():

@@ -117,7 +117,6 @@ class Tangents:
         network = denoiser.roles.network(role)
         with _full_precision(network):
             output, change = self._differentiate(network, predict, at, along, denoiser.schedule)
-        denoiser.calls = precise.calls
         return _read(output, change, denoiser, at, along, read)
 
     def _differentiate(self, network, predict, at, along, schedule) -> tuple[Tensor, Tensor]:

@@ -106,6 +106,7 @@ def _record(trainer: Trainer, recipe: Recipe, student: export.Student) -> export
         teacher=trainer.teacher.identity(),
         sampler=student.sampler,
         recipe=recipe.to_dict(),
+        effort=trainer.effort(),
     )
 
 

@@ -1,0 +1,116 @@
+"""Trains recipes at several seeds, scores every student under one protocol, and writes each row as it is done.
+
+    python eval/leaderboard.py --recipes training/recipes/embedded/dmd2_1step.yaml --seeds 0 1 2
+
+Resumable: rows that are in the output are skipped, interrupted runs go on from their last checkpoint. Everything after
+`--` goes to `fastdiff distill`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def train(recipe: Path, seed: int, folder: Path, extra: list[str]) -> list[str]:
+    """Runs `fastdiff distill` in a process of its own, so that its peak memory is its own; returns the command."""
+    command = [sys.executable, "-m", "fastdiff", "distill", "--config", str(recipe), "--seed", str(seed)]
+    command += ["--output_dir", str(folder), "--resume_from_checkpoint", "latest", *extra]
+    if not (folder / "student" / "fastdiff.json").is_file():
+        subprocess.run(command, check=True, cwd=ROOT)
+    return ["fastdiff", *command[3:]]
+
+
+def commit() -> str:
+    """The commit of the working tree, marked if it was changed."""
+    found = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=ROOT, capture_output=True, text=True)
+    return found.stdout.strip()
+
+
+def finished(done: set, recipe: str, seed: int, steps: list[int] | None) -> bool:
+    """Whether all wanted rows are there."""
+    if steps is None:
+        return any(key[:2] == (recipe, seed) for key in done)
+    return done.issuperset((recipe, seed, count) for count in steps)
+
+
+def main() -> None:
+    from fastdiff.evaluation.baselines import SHIPPED
+    from fastdiff.evaluation.leaderboard import markdown, read_entries, write_entries
+
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--recipes", type=Path, nargs="+", required=True)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument(
+        "--steps", type=int, nargs="+", help="sampling steps; those the student was trained for by default"
+    )
+    parser.add_argument("--protocol", default="emoji-2k/tower-v1")
+    parser.add_argument("--baselines", type=Path, default=SHIPPED)
+    parser.add_argument("--runs", type=Path, default=ROOT / "runs" / "leaderboard")
+    parser.add_argument("--output", type=Path, default=ROOT / "eval" / "leaderboard.json")
+    arguments, extra = parser.parse_known_args()
+    extra = [word for word in extra if word != "--"]
+    for seed in arguments.seeds:
+        for recipe in arguments.recipes:
+            done = {entry.key for entry in read_entries(arguments.output)}
+            if finished(done, recipe.stem, seed, arguments.steps):
+                continue
+            folder = arguments.runs / f"{recipe.stem}-{seed}"
+            command = train(recipe, seed, folder, extra)
+            for entry in entries_of(folder / "student", recipe, seed, command, arguments, done):
+                # Read again: another process may have written rows meanwhile.
+                write_entries(arguments.output, [*read_entries(arguments.output), entry])
+    print(markdown(read_entries(arguments.output)))
+
+
+def entries_of(folder: Path, recipe: Path, seed: int, command: list[str], arguments, done: set):
+    """Scores one student at each step count."""
+    from fastdiff.evaluation import evaluate, open_protocol
+    from fastdiff.evaluation.baselines import load_rows
+    from fastdiff.evaluation.leaderboard import Entry, metrics_of, score_against
+    from fastdiff.methods import method_named
+    from fastdiff.recipes import Student
+
+    student, benchmark = Student(folder), open_protocol(arguments.protocol)
+    rows = load_rows(arguments.baselines, benchmark)
+    teacher = next(row for row in rows if row.name == "teacher")
+    record, pipeline = student.record, student.pipeline()
+    values = record.recipe
+    table = "matched" if float(values.get("guidance_scale", 1.0)) == 1.0 else "guided"
+    info = method_named(record.method).info
+    for steps in arguments.steps or [len(student.sampler)]:
+        if (recipe.stem, seed, steps) in done:
+            continue
+        row = evaluate(pipeline, benchmark, steps, student.sampler.guidance_scale, name=recipe.stem)
+        score, baseline = score_against(row, rows, table)
+        yield Entry(
+            method=info.name,
+            family=info.family,
+            recipe=recipe.stem,
+            teacher=f"{record.teacher['source']} {record.teacher['fingerprint']}",
+            table=table,
+            student_kind=record.kind,
+            steps=steps,
+            seed=seed,
+            network_calls=row.network_calls,
+            train_network_passes=record.effort["network_passes"],
+            train_seconds=record.effort["seconds"],
+            peak_memory_mib=record.effort["peak_memory_mib"],
+            metrics=metrics_of(row),
+            teacher_metrics=metrics_of(teacher),
+            baseline_metrics=metrics_of(baseline) | {"name": baseline.name},
+            score=score,
+            protocol=row.protocol,
+            command=" ".join(command),
+            commit=commit(),
+        )
+
+
+if __name__ == "__main__":
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    main()
