@@ -12,6 +12,8 @@ from .losses import (
     generator_softplus,
     mse,
     pseudo_huber,
+    sample_huber,
+    sample_mse,
     surrogate,
 )
 from .mixture import GaussianMixture
@@ -95,6 +97,8 @@ __all__ = [
     "pseudo_huber",
     "renoise",
     "rewrap",
+    "sample_huber",
+    "sample_mse",
     "schedule_from_config",
     "solve",
     "surrogate",

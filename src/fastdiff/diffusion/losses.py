@@ -1,4 +1,4 @@
-"""Scalar losses; all of them average over every element (batch included) in float32 or better.
+"""Losses in float32 or better. They average over every element, batch included; `sample_...` leave the batch, (B,).
 
 Published loss weights assume a reduction; those of consistency distillation, DMD and DMD2 assume this one.
 """
@@ -19,6 +19,8 @@ __all__ = [
     "generator_softplus",
     "mse",
     "pseudo_huber",
+    "sample_huber",
+    "sample_mse",
     "surrogate",
 ]
 
@@ -38,6 +40,19 @@ def pseudo_huber(prediction: Tensor, target: Tensor, c: float = 1e-3) -> Tensor:
         raise ValueError(f"pseudo-Huber c is {c!r}: give a positive number, such as 0.001")
     squared = _difference(prediction, target).square()
     return (squared / ((squared + c * c).sqrt() + c)).mean()  # the same number, without cancellation at small d
+
+
+def sample_mse(prediction: Tensor, target: Tensor) -> Tensor:
+    """Mean squared difference of each sample, (B,)."""
+    return _difference(prediction, target).square().flatten(1).mean(1)
+
+
+def sample_huber(prediction: Tensor, target: Tensor, c: float = 5.4e-4) -> Tensor:
+    """``(sqrt(|d|^2 + w^2) - w) / n`` of each sample of n numbers, with ``w = c n``; (B,) (arXiv 2405.20320)."""
+    difference = _difference(prediction, target).flatten(1)
+    size, squared = difference.shape[1], difference.square().sum(1)
+    width = c * size
+    return squared / ((squared + width * width).sqrt() + width) / size
 
 
 def surrogate(x: Tensor, gradient: Tensor) -> Tensor:

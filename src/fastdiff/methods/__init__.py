@@ -9,9 +9,21 @@ from fastdiff.methods.decoupled_dmd import DecoupledDMD, DecoupledDMDConfig
 from fastdiff.methods.disback import DisBack, DisBackConfig
 from fastdiff.methods.dmd2 import DMD2, DMD2Config
 from fastdiff.methods.f_distill import FDistill, FDistillConfig
+from fastdiff.methods.kd import KD, KDConfig
 from fastdiff.methods.lcm import LCM, LCMConfig
+from fastdiff.methods.rectified_flow import RectifiedFlow, RectifiedFlowConfig
+from fastdiff.methods.rfpp import RFPP, RFPPConfig
 
-METHODS: tuple[type[Method], ...] = (DMD2, LCM, DecoupledDMD, DisBack, FDistill)
+METHODS: tuple[type[Method], ...] = (
+    DMD2,
+    LCM,
+    DecoupledDMD,
+    DisBack,
+    FDistill,
+    KD,
+    RectifiedFlow,
+    RFPP,
+)
 
 
 def method_named(name: str) -> type[Method]:
@@ -31,8 +43,10 @@ def method_named(name: str) -> type[Method]:
 
 __all__ = [
     "DMD2",
+    "KD",
     "LCM",
     "METHODS",
+    "RFPP",
     "Batch",
     "Context",
     "DMD2Config",
@@ -43,9 +57,13 @@ __all__ = [
     "FDistill",
     "FDistillConfig",
     "Group",
+    "KDConfig",
     "LCMConfig",
     "Method",
     "MethodInfo",
+    "RFPPConfig",
+    "RectifiedFlow",
+    "RectifiedFlowConfig",
     "TargetNetwork",
     "Update",
     "method_named",
