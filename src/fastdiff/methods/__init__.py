@@ -6,13 +6,18 @@ import difflib
 
 from fastdiff.methods.base import Batch, Context, Group, Method, MethodInfo, TargetNetwork, Update
 from fastdiff.methods.decoupled_dmd import DecoupledDMD, DecoupledDMDConfig
+from fastdiff.methods.diff_instruct import DiffInstruct, DiffInstructConfig
 from fastdiff.methods.disback import DisBack, DisBackConfig
+from fastdiff.methods.dmd import DMD, DMDConfig
 from fastdiff.methods.dmd2 import DMD2, DMD2Config
 from fastdiff.methods.f_distill import FDistill, FDistillConfig
 from fastdiff.methods.kd import KD, KDConfig
 from fastdiff.methods.lcm import LCM, LCMConfig
+from fastdiff.methods.pg_sb import PGSB, PGSBConfig
 from fastdiff.methods.rectified_flow import RectifiedFlow, RectifiedFlowConfig
 from fastdiff.methods.rfpp import RFPP, RFPPConfig
+from fastdiff.methods.score_distillation import ScoreDistillation, ScoreDistillationConfig
+from fastdiff.methods.swiftbrush import SwiftBrush, SwiftBrushConfig
 
 METHODS: tuple[type[Method], ...] = (
     DMD2,
@@ -23,6 +28,11 @@ METHODS: tuple[type[Method], ...] = (
     KD,
     RectifiedFlow,
     RFPP,
+    DMD,
+    DiffInstruct,
+    SwiftBrush,
+    PGSB,
+    ScoreDistillation,
 )
 
 
@@ -67,4 +77,14 @@ __all__ = [
     "TargetNetwork",
     "Update",
     "method_named",
+    "DMD",
+    "DMDConfig",
+    "DiffInstruct",
+    "DiffInstructConfig",
+    "SwiftBrush",
+    "SwiftBrushConfig",
+    "PGSB",
+    "PGSBConfig",
+    "ScoreDistillation",
+    "ScoreDistillationConfig",
 ]

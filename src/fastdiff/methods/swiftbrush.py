@@ -1,0 +1,127 @@
+"""SwiftBrush: image-free one-step distillation by variational scores (Nguyen & Tran 2023, arXiv 2312.05239)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch.nn.functional as F
+from torch import Tensor
+
+from fastdiff.diffusion.losses import mse
+from fastdiff.diffusion.prediction import Prediction
+from fastdiff.methods._score_gap import ScoreGap, ScoreGapConfig
+from fastdiff.methods.base import Batch, Context, MethodInfo, any_time, check_not_negative, check_positive
+from fastdiff.models.denoiser import Ask
+
+
+@dataclass(frozen=True)
+class SwiftBrushConfig(ScoreGapConfig):
+    """Defaults are those of the released SD2.1 run.
+
+    Args:
+        guidance_scale: w of both scores, the teacher's and the fake one's.
+        guidance_range: draw w per sample from this range instead, the same for both scores.
+        null_probability: how often the fake score is fitted without prompts, which gives meaning to guiding it.
+        clip_weight: weight of the clamped image-text term (SwiftBrush v2, arXiv 2408.14176, takes 0.1); 0 leaves
+            it out.
+        clip_threshold: image-text similarity above which that term is silent.
+        clip_steps: steps over which `clip_weight` falls to 0, in a straight line; it stays if not given.
+    """
+
+    guidance_scale: float = 4.5
+    guidance_range: tuple[float, float] | None = None
+    null_probability: float = 0.1
+    clip_weight: float = 0.0
+    clip_threshold: float = 0.37
+    clip_steps: int | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_not_negative(null_probability=self.null_probability, clip_weight=self.clip_weight)
+        if self.null_probability > 1:
+            raise ValueError(f"null_probability must be from 0 to 1, got {self.null_probability}")
+        if not -1 <= self.clip_threshold <= 1:
+            raise ValueError(f"clip_threshold is a cosine, from -1 to 1, got {self.clip_threshold}")
+        if self.clip_steps is not None:
+            check_positive(clip_steps=self.clip_steps)
+        if self.guidance_range is not None:
+            low, high = self.guidance_range
+            check_not_negative(guidance_range=low)
+            if not low <= high < float("inf"):
+                raise ValueError(f"guidance_range must be (low, high), got {self.guidance_range}")
+
+
+class SwiftBrush(ScoreGap):
+    r"""Variational score distillation of a one-step student, both scores guided alike.
+
+    With x the student's sample, eps^w the guided noise predictions and everything in g detached,
+
+        g = sigma_t^2 (eps_real^w(x_t) - eps_fake^w(x_t)),   L_student = 1/2 mean (x - sg[x - g])^2,
+        L_fake = mean alpha_t^2 |eps_fake(x_t) - eps|^2, without prompt for the whole batch in a tenth of the steps,
+
+    so that an untrained fake score gives no gradient at any w. In terms of clean predictions the weight is
+    alpha sigma. SwiftBrush v2 adds clip_weight * mean max(0, clip_threshold - cos(image, prompt)) on decoded samples.
+    """
+
+    info = MethodInfo(
+        name="swiftbrush",
+        title="SwiftBrush",
+        family="distribution matching",
+        paper="SwiftBrush: One-Step Text-to-Image Diffusion Model with Variational Score Distillation",
+        arxiv="2312.05239",
+        needs=("prompts",),
+        student_kinds=("lora", "full"),
+        steps="1-8",
+    )
+    Config = SwiftBrushConfig
+    config: SwiftBrushConfig
+
+    def needs_scorer(self) -> bool:
+        return self.config.clip_weight > 0
+
+    def asks(self, batch: Batch, ctx: Context) -> list[Ask]:
+        """Both scores under one guidance."""
+        w = self.guidance(ctx)
+        return [Ask(role, batch.cond, batch.null, w) for role in ("teacher", "fake_score")]
+
+    def guidance(self, ctx: Context) -> float | Tensor:
+        """w for the batch, or `(B,)` drawn from the range."""
+        if self.config.guidance_range is None:
+            return self.config.guidance_scale
+        low, high = self.config.guidance_range
+        return low + (high - low) * ctx.random.uniform("student/guidance")
+
+    def weight(self, x: Tensor, real: Prediction, batch: Batch, ctx: Context) -> Tensor:
+        """alpha sigma, which is sigma^2 on noise predictions."""
+        alpha, sigma = real.levels
+        return alpha * sigma
+
+    def student_terms(self, x: Tensor, batch: Batch, ctx: Context) -> dict[str, Tensor]:
+        """The clamped image-text term, if weighted."""
+        if not self.config.clip_weight:
+            return {}
+        if len(batch.prompts) != len(batch):
+            raise ValueError(
+                f"the image-text term needs the {len(batch)} prompts of the batch: use data with captions"
+            )
+        image = ctx.scorer.image_embedding(ctx.decode(x))
+        cosine = (image * ctx.scorer.text_embedding(batch.prompts)).sum(-1)
+        ctx.log("clip_cosine", cosine.detach().mean())
+        return {"clip": self.clip_weight_at(ctx.step) * F.relu(self.config.clip_threshold - cosine).mean()}
+
+    def clip_weight_at(self, step: int) -> float:
+        """The weight of the image-text term at a step."""
+        left = 1.0 if self.config.clip_steps is None else max(0.0, 1 - step / self.config.clip_steps)
+        return self.config.clip_weight * left
+
+    def critic_loss(self, batch: Batch, ctx: Context) -> Mapping[str, Tensor]:
+        """Denoising of noise predictions weighted by alpha^2; now and then without prompts."""
+        x = self.critic_sample(batch, ctx)
+        t, eps = any_time(ctx, "critic/t"), ctx.random.normal("critic/eps", batch.latent_shape)
+        x_t = ctx.denoiser.schedule.add_noise(x, eps, t)
+        dropped = ctx.random.shared_uniform("critic/null") < self.config.null_probability
+        cond = batch.null.expand(len(batch)) if dropped else batch.cond
+        prediction = ctx.denoiser(x_t, t, cond, "fake_score")
+        alpha, _ = prediction.levels
+        return {"denoising": mse(alpha * prediction.eps, alpha * eps)}
