@@ -17,7 +17,9 @@ from fastdiff.methods.pg_sb import PGSB, PGSBConfig
 from fastdiff.methods.rectified_flow import RectifiedFlow, RectifiedFlowConfig
 from fastdiff.methods.rfpp import RFPP, RFPPConfig
 from fastdiff.methods.score_distillation import ScoreDistillation, ScoreDistillationConfig
+from fastdiff.methods.sid import SIM, SiD, SiDA, SiDAConfig, SiDConfig, SiDLSG, SiDLSGConfig, SIMConfig
 from fastdiff.methods.swiftbrush import SwiftBrush, SwiftBrushConfig
+from fastdiff.methods.uni_instruct import UniInstruct, UniInstructConfig
 
 METHODS: tuple[type[Method], ...] = (
     DMD2,
@@ -28,6 +30,11 @@ METHODS: tuple[type[Method], ...] = (
     KD,
     RectifiedFlow,
     RFPP,
+    SiD,
+    SiDA,
+    SiDLSG,
+    SIM,
+    UniInstruct,
     DMD,
     DiffInstruct,
     SwiftBrush,
@@ -77,6 +84,16 @@ __all__ = [
     "TargetNetwork",
     "Update",
     "method_named",
+    "SIM",
+    "SIMConfig",
+    "SiD",
+    "SiDA",
+    "SiDAConfig",
+    "SiDConfig",
+    "SiDLSG",
+    "SiDLSGConfig",
+    "UniInstruct",
+    "UniInstructConfig",
     "DMD",
     "DMDConfig",
     "DiffInstruct",
