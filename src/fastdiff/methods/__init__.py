@@ -12,6 +12,7 @@ from fastdiff.methods.dmd import DMD, DMDConfig
 from fastdiff.methods.dmd2 import DMD2, DMD2Config
 from fastdiff.methods.f_distill import FDistill, FDistillConfig
 from fastdiff.methods.kd import KD, KDConfig
+from fastdiff.methods.ladd import LADD, LADDConfig
 from fastdiff.methods.lcm import LCM, LCMConfig
 from fastdiff.methods.pg_sb import PGSB, PGSBConfig
 from fastdiff.methods.rectified_flow import RectifiedFlow, RectifiedFlowConfig
@@ -40,6 +41,7 @@ METHODS: tuple[type[Method], ...] = (
     SwiftBrush,
     PGSB,
     ScoreDistillation,
+    LADD,
 )
 
 
@@ -59,49 +61,51 @@ def method_named(name: str) -> type[Method]:
 
 
 __all__ = [
+    "DMD",
     "DMD2",
     "KD",
+    "LADD",
     "LCM",
     "METHODS",
+    "PGSB",
     "RFPP",
+    "SIM",
     "Batch",
     "Context",
     "DMD2Config",
+    "DMDConfig",
     "DecoupledDMD",
     "DecoupledDMDConfig",
+    "DiffInstruct",
+    "DiffInstructConfig",
     "DisBack",
     "DisBackConfig",
     "FDistill",
     "FDistillConfig",
     "Group",
     "KDConfig",
+    "LADDConfig",
     "LCMConfig",
     "Method",
     "MethodInfo",
+    "PGSBConfig",
     "RFPPConfig",
     "RectifiedFlow",
     "RectifiedFlowConfig",
-    "TargetNetwork",
-    "Update",
-    "method_named",
-    "SIM",
     "SIMConfig",
+    "ScoreDistillation",
+    "ScoreDistillationConfig",
     "SiD",
     "SiDA",
     "SiDAConfig",
     "SiDConfig",
     "SiDLSG",
     "SiDLSGConfig",
-    "UniInstruct",
-    "UniInstructConfig",
-    "DMD",
-    "DMDConfig",
-    "DiffInstruct",
-    "DiffInstructConfig",
     "SwiftBrush",
     "SwiftBrushConfig",
-    "PGSB",
-    "PGSBConfig",
-    "ScoreDistillation",
-    "ScoreDistillationConfig",
+    "TargetNetwork",
+    "UniInstruct",
+    "UniInstructConfig",
+    "Update",
+    "method_named",
 ]
