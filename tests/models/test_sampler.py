@@ -4,7 +4,13 @@ import json
 
 import pytest
 import torch
-from diffusers import DDIMScheduler, EulerDiscreteScheduler, FlowMatchEulerDiscreteScheduler, LCMScheduler
+from diffusers import (
+    DDIMScheduler,
+    EulerDiscreteScheduler,
+    FlowMatchEulerDiscreteScheduler,
+    LCMScheduler,
+    TCDScheduler,
+)
 
 from fastdiff.diffusion.prediction import Prediction
 from fastdiff.diffusion.schedules import FlowSchedule, schedule_from_config
@@ -12,6 +18,7 @@ from fastdiff.models.sampler import SamplerSpec, sample
 
 BETAS = {"num_train_timesteps": 1000, "beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
 TEACHER = dict(EulerDiscreteScheduler(**BETAS).config)
+FLOW = dict(FlowMatchEulerDiscreteScheduler().config) | {"_class_name": "FlowMatchEulerDiscreteScheduler"}
 
 # What LCMScheduler(original_inference_steps=1000), the 50-step LCM grid and trailing DDIM print in diffusers 0.42.1.
 GRIDS = [
@@ -24,6 +31,10 @@ GRIDS = [
     (SamplerSpec("ddim", (399,)), DDIMScheduler, {"num_train_timesteps": 400}),
     (SamplerSpec("ddim", (998, 665, 332)), DDIMScheduler, {"num_train_timesteps": 999}),
     (SamplerSpec("ddim", (625, 312)), DDIMScheduler, {"num_train_timesteps": 626}),
+    (SamplerSpec("tcd", (999, 749, 499, 249)), TCDScheduler, {"original_inference_steps": 1000}),
+    (SamplerSpec("tcd", (999, 759, 499, 259), eta=0.3), TCDScheduler, {"original_inference_steps": 50}),
+    (SamplerSpec("tcd", (999, 499), eta=1.0), TCDScheduler, {"original_inference_steps": 1000}),
+    (SamplerSpec("tcd", (999,), eta=0.5), TCDScheduler, {"original_inference_steps": 1000}),
 ]
 
 
@@ -51,7 +62,7 @@ def test_named_grids_are_the_published_ones():
     assert SamplerSpec.lcm_grid(4).timesteps == (999, 759, 499, 259)
 
 
-@pytest.mark.parametrize("kind", ["lcm", "ddim", "flow"])
+@pytest.mark.parametrize("kind", ["lcm", "ddim", "flow", "tcd"])
 @pytest.mark.parametrize("steps", [1, 2, 3, 4, 5, 6, 7, 8])
 def test_every_trailing_grid_can_be_saved(kind, steps):
     spec = SamplerSpec.trailing(kind, steps)
@@ -70,6 +81,8 @@ def test_every_trailing_grid_can_be_saved(kind, steps):
         (SamplerSpec("lcm", (999,)), "flow", "'flow' sampler"),
         (SamplerSpec("flow", (1000,)), "epsilon", "'flow' sampler"),
         (SamplerSpec("flow", (1000, 900, 100)), "flow", "shift 1"),
+        (SamplerSpec("tcd", (999,)), "flow", "'lcm' or 'ddim'"),
+        (SamplerSpec("ddim", (999,), tells_end=True), "epsilon", "where each step ends"),
     ],
 )
 def test_impossible_samplers_are_refused_with_the_reason(spec, prediction_type, match):
@@ -101,6 +114,8 @@ def test_config_without_betas_is_refused():
         {"kind": "lcm", "timesteps": (float("nan"),)},
         {"kind": "lcm", "timesteps": (999,), "guidance_scale": -1.0},
         {"kind": "ddim", "timesteps": (999,), "original_inference_steps": 50},
+        {"kind": "ddim", "timesteps": (999,), "eta": 0.3},
+        {"kind": "tcd", "timesteps": (999,), "eta": 1.5},
     ],
 )
 def test_bad_settings_are_refused(settings):
@@ -118,14 +133,15 @@ def test_unknown_dictionary_key_is_refused():
         SamplerSpec.from_dict({"kind": "lcm", "timesteps": [999], "steps": 1})
 
 
-def stock_sample(scheduler, steps, native, noise, seed):
+def stock_sample(scheduler, steps, native, noise, seed, **call):
     """The loop of a diffusers pipeline without guidance; these schedulers scale neither the noise nor the input."""
     generator = torch.Generator().manual_seed(seed)
     scheduler.set_timesteps(steps)
     x = noise
     for t in scheduler.timesteps:
-        extra = {"generator": generator} if isinstance(scheduler, LCMScheduler) else {}
-        x = scheduler.step(native(x, t.expand(len(x))), t, x, **extra).prev_sample
+        noisy = isinstance(scheduler, LCMScheduler | TCDScheduler | FlowMatchEulerDiscreteScheduler)
+        extra = {"generator": generator} if noisy else {}
+        x = scheduler.step(native(x, t.expand(len(x))), t, x, **extra, **call).prev_sample
     return x
 
 
@@ -133,7 +149,7 @@ def in_process_sample(spec, kind, native, noise, schedule, seed):
     generator = torch.Generator().manual_seed(seed)
     return sample(
         spec,
-        lambda x, t: Prediction(native(x, schedule.network_time(t)), kind, x, t, schedule),
+        lambda x, t, s: Prediction(native(x, schedule.network_time(t)), kind, x, t, schedule),
         noise,
         lambda step: torch.randn(noise.shape, generator=generator, dtype=noise.dtype),
         schedule,
@@ -151,7 +167,8 @@ def test_equals_the_stock_scheduler_on_a_network(spec, kind, tiny_sd):
     def native(x, t):
         return tiny_sd.unet(x, t, encoder_hidden_states=context, return_dict=False)[0]
 
-    expected = stock_sample(spec.build_scheduler(TEACHER, kind), len(spec), native, noise, seed=5)
+    eta = {"eta": spec.eta} if spec.kind == "tcd" else {}
+    expected = stock_sample(spec.build_scheduler(TEACHER, kind), len(spec), native, noise, seed=5, **eta)
     actual = in_process_sample(spec, kind, native, noise, schedule, seed=5)
     assert (actual - expected).abs().max() <= 1e-5 * max(1.0, float(expected.abs().max()))
 
@@ -189,6 +206,58 @@ def test_flow_equals_the_stock_scheduler(steps):
     assert torch.allclose(in_process_sample(spec, "flow", native, noise, schedule, seed=0), expected, atol=1e-5)
 
 
+@pytest.mark.parametrize("kind", ["lcm", "ddim"])
+@pytest.mark.parametrize(("steps", "shift"), [(1, 1.0), (2, 1.0), (4, 1.0), (8, 1.0), (1, 3.0), (2, 3.0)])
+def test_indices_on_a_flow_equal_the_stock_scheduler(kind, steps, shift, tmp_path):
+    spec, schedule = SamplerSpec.trailing(kind, steps), FlowSchedule(shift)
+    fed = []
+
+    def native(x, t):
+        fed.append(float(t[0]))
+        return torch.tanh(x) * (t.view(-1, 1) / 1000)
+
+    noise = torch.randn(8, 3, generator=torch.Generator().manual_seed(0))
+    scheduler = reload(spec.build_scheduler(FLOW | {"shift": shift}, "flow"), tmp_path)
+    assert type(scheduler) is FlowMatchEulerDiscreteScheduler
+    assert scheduler.config.stochastic_sampling == (kind == "lcm")
+    expected = stock_sample(scheduler, steps, native, noise, seed=0)
+    assert torch.allclose(in_process_sample(spec, "flow", native, noise, schedule, seed=0), expected, atol=1e-5)
+    unshifted = [(steps - i) / steps for i in range(steps)]
+    assert fed == pytest.approx([1000 * shift * u / (1 + (shift - 1) * u) for u in unshifted] * 2, abs=1e-2)
+
+
+def test_a_shifted_flow_of_four_steps_has_no_stock_config():
+    with pytest.raises(ValueError, match="FlowMatchEulerDiscreteScheduler"):
+        SamplerSpec.trailing("ddim", 4).build_scheduler(FLOW | {"shift": 3.0}, "flow")
+
+
+@pytest.mark.parametrize(
+    ("spec", "ends"),
+    [
+        (SamplerSpec("ddim", (999, 499)), [499.0, -1.0]),
+        (SamplerSpec("lcm", (999, 499)), [-1.0, -1.0]),
+        (SamplerSpec("tcd", (999, 499)), [499.0, 0.0]),
+        (SamplerSpec("tcd", (999, 499), eta=0.3), [349.0, 0.0]),
+        (SamplerSpec("tcd", (999, 499), eta=1.0), [0.0, 0.0]),
+    ],
+    ids=str,
+)
+def test_students_are_told_where_their_own_step_ends(spec, ends):
+    schedule, told = schedule_from_config(TEACHER), []
+
+    def predict(x, t, s):
+        told.append(s.tolist())
+        return Prediction.from_x0(torch.ones_like(x), x, t, schedule)
+
+    sample(spec, predict, torch.zeros(2, 2), lambda step: torch.zeros(2, 2), schedule)
+    assert told == [[end, end] for end in ends]
+
+
+def test_pipelines_are_called_with_eta_where_it_counts():
+    assert SamplerSpec.trailing("tcd", 4).call_arguments() == {"num_inference_steps": 4}
+    assert SamplerSpec("tcd", (999, 499), eta=0.3).call_arguments() == {"num_inference_steps": 2, "eta": 0.3}
+
+
 def test_one_step_at_399_equals_explicit_times(tiny_sd):
     """The shortened beta table is exactly LCMScheduler with timesteps=[399]."""
     noise = torch.randn(1, 4, 16, 16, generator=torch.Generator().manual_seed(0))
@@ -207,7 +276,7 @@ def test_fresh_noise_is_needed_between_steps_only():
         drawn.append(step)
         return torch.zeros(1, 2)
 
-    predict = lambda x, t: Prediction.from_x0(torch.ones_like(x), x, t, schedule)  # noqa: E731
+    predict = lambda x, t, s: Prediction.from_x0(torch.ones_like(x), x, t, schedule)  # noqa: E731
     out = sample(SamplerSpec.trailing("lcm", 4), predict, torch.zeros(1, 2), step_noise, schedule)
     assert drawn == [0, 1, 2]
     assert torch.allclose(out, torch.ones(1, 2), atol=1e-6)

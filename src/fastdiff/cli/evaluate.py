@@ -28,6 +28,7 @@ def main(arguments: list[str]) -> int:
     from fastdiff.recipes.student import call_settings, load_pipeline
 
     call = call_settings(flags.folder, flags.num_inference_steps, flags.guidance_scale)
+    steps, guidance = call.pop("num_inference_steps"), call.pop("guidance_scale")
     show_progress_only()
     from fastdiff.evaluation import evaluate, format_table, grid_images, open_protocol, write_report
 
@@ -36,15 +37,16 @@ def main(arguments: list[str]) -> int:
     row = evaluate(
         pipeline,
         bench,
-        call["num_inference_steps"],
-        call["guidance_scale"],
+        steps,
+        guidance,
         name=flags.name,
         batch_size=flags.batch_size,
         seed=flags.seed,
+        extra=call,
     )
     rows = [*_beside(flags.baselines, bench), row]
     prompts = bench.prompts[:: max(1, len(bench.prompts) // 12)][:12]
-    images = grid_images(pipeline, prompts, call["num_inference_steps"], call["guidance_scale"])
+    images = grid_images(pipeline, prompts, steps, guidance, extra=call)
     output = flags.output or (flags.folder.parent if flags.folder.name == "student" else Path()) / "report"
     page = write_report(output, rows, [(flags.name, images)], {"folder": flags.folder.name}, prompts)
     print(format_table(rows))

@@ -33,8 +33,9 @@ def sample_role(
     shape = trainer.batches.latent_shape
     inputs = trainer.method.sampling_inputs(denoiser, len(cond), trainer.device)
 
-    def predict(x_t: Tensor, t: Tensor) -> Prediction:
-        return denoiser(x_t, t, cond, role, **(inputs if role == "student" else {}))
+    def predict(x_t: Tensor, t: Tensor, s: Tensor) -> Prediction:
+        told = inputs | trainer.method.step_inputs(denoiser, t, s) if role == "student" else {}
+        return denoiser(x_t, t, cond, role, **told)
 
     return sample(
         spec, predict, random.normal("0", shape), lambda k: random.normal(str(k + 1), shape), denoiser.schedule
@@ -59,7 +60,7 @@ class Previews:
             return
         cond = trainer.teacher.encode(self.prompts, trainer.batches.resolution).to(trainer.device)
         if self._teacher_row is None:
-            spec = SamplerSpec.trailing("ddim", self.teacher_steps, int(trainer.networks.denoiser.schedule.t_max))
+            spec = SamplerSpec.trailing("ddim", self.teacher_steps, trainer.networks.denoiser.schedule.indices - 1)
             self._teacher_row = trainer.teacher.decode(sample_role(trainer, cond, spec, "teacher"))
         with trainer.student.evaluated():
             latents = sample_role(trainer, cond, trainer.method.sampler())

@@ -39,7 +39,7 @@ class FeatureMoments:
     def __call__(self, trainer: Trainer) -> float:
         """The distance of the student as it is now, with averaged weights where the run has them."""
         if self._target is None:
-            last = int(trainer.networks.denoiser.schedule.t_max)
+            last = trainer.networks.denoiser.schedule.indices - 1
             spec = SamplerSpec.trailing("ddim", self.teacher_steps, last)
             # Other noise than the student's: the two sets are then compared as sets, not pair by pair.
             self._target = self._moments(trainer, spec, "teacher", first_index=len(self.prompts))

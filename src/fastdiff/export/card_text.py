@@ -23,7 +23,12 @@ METRICS = {
     "diversity": "diversity",
     "sharpness": "sharpness",
 }
-_SCHEDULERS = {"lcm": "LCMScheduler", "ddim": "DDIMScheduler", "flow": "FlowMatchEulerDiscreteScheduler"}
+_SCHEDULERS = {
+    "lcm": "LCMScheduler",
+    "ddim": "DDIMScheduler",
+    "flow": "FlowMatchEulerDiscreteScheduler",
+    "tcd": "TCDScheduler",
+}
 _COMFY_SAMPLERS = {"lcm": ("lcm", "sgm_uniform"), "ddim": ("euler", "sgm_uniform"), "flow": ("euler", "simple")}
 _TRAINED_INPUT_FROM = 950
 
@@ -110,12 +115,13 @@ def _usage(facts: Facts) -> str:
 def full_snippet(facts: Facts) -> str:
     """Python that loads the pipeline folder; only the number of steps is passed unless the student is guided."""
     guidance = f", guidance_scale={facts.sampler.guidance_scale:g}" if facts.sampler.guidance_scale > 1 else ""
+    call = _call(facts) + guidance
     return _python(
         "import torch",
         "from diffusers import DiffusionPipeline",
         "",
         f'pipe = DiffusionPipeline.from_pretrained("{facts.repo_id}", torch_dtype=torch.bfloat16).to("cuda")',
-        f"image = pipe({json.dumps(facts.prompt)}, num_inference_steps={len(facts.sampler)}{guidance}).images[0]",
+        f"image = pipe({json.dumps(facts.prompt)}, {call}).images[0]",
     )
 
 
@@ -130,9 +136,13 @@ def lora_snippet(facts: Facts) -> str:
         f'pipe = DiffusionPipeline.from_pretrained("{base}", torch_dtype=torch.bfloat16).to("cuda")',
         f'pipe.load_lora_weights("{repo}", weight_name="{DIFFUSERS_FILE}")',
         f'pipe.scheduler = {scheduler}.from_pretrained("{repo}", subfolder="scheduler")',
-        f"image = pipe({json.dumps(facts.prompt)}, num_inference_steps={len(facts.sampler)}, "
+        f"image = pipe({json.dumps(facts.prompt)}, {_call(facts)}, "
         f"guidance_scale={facts.sampler.guidance_scale:g}).images[0]",
     )
+
+
+def _call(facts: Facts) -> str:
+    return ", ".join(f"{name}={value:g}" for name, value in facts.sampler.call_arguments().items())
 
 
 def _python(*lines: str) -> str:
@@ -140,6 +150,8 @@ def _python(*lines: str) -> str:
 
 
 def _comfy(facts: Facts) -> str:
+    if facts.sampler.kind not in _COMFY_SAMPLERS:
+        return "## ComfyUI\n\nStock ComfyUI has no TCD sampler: use diffusers, or a node that adds one."
     sampler, scheduler = _COMFY_SAMPLERS[facts.sampler.kind]
     if facts.sampler.kind != "flow" and facts.sampler.timesteps[0] < _TRAINED_INPUT_FROM:
         return (

@@ -141,11 +141,11 @@ def make_probe(
     x = noise.to(device)
     steps = torch.Generator().manual_seed(seed)
 
-    def ask(x_t: Tensor, t: Tensor) -> Prediction:
+    def ask(x_t: Tensor, t: Tensor, _end: Tensor) -> Prediction:
         return predict(x_t, t, cond)
 
-    times = [torch.full((len(noise),), time, dtype=torch.float32, device=device) for time in sampler.schedule_times()]
-    outputs = tuple(ask(x, t).native.float().cpu() for t in times)
+    times = [torch.full((len(x),), t, dtype=torch.float32, device=device) for t in sampler.schedule_times(schedule)]
+    outputs = tuple(predict(x, t, cond).native.float().cpu() for t in times)
     made = sample(sampler, ask, x, lambda _: torch.randn(noise.shape, generator=steps).to(device), schedule)
     fed = torch.stack([schedule.network_time(t)[0].cpu().float() for t in times])
     return Probe(conditioning.to(device=torch.device("cpu")), noise, seed, fed, outputs, made.float().cpu())
@@ -227,7 +227,7 @@ def _compare(
     made = pipeline(
         **_prompt_inputs(cond),
         latents=x,
-        num_inference_steps=len(sampler),
+        **sampler.call_arguments(),
         generator=torch.Generator().manual_seed(probe.seed),
         output_type="latent",
         **call,

@@ -195,6 +195,10 @@ class Method(ABC):
         """Extra network inputs of the student when it is sampled, e.g. a guidance embedding."""
         return {}
 
+    def step_inputs(self, denoiser: Denoiser, t: Tensor, s: Tensor) -> dict[str, Tensor]:
+        """Extra network inputs of one sampling step from the times `t` to `s`, `(B,)`, e.g. an embedding of `s`."""
+        return {}
+
     def experts(self) -> tuple[str, ...]:
         """The role that serves each step of `sampler()`: the student, unless it has frozen experts beside it."""
         return ("student",) * len(self.sampler())

@@ -17,15 +17,17 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 import torch
 from torch import Tensor
 
+from fastdiff.diffusion.schedules import CLEAN_INDEX, FlowSchedule, NoiseSchedule, Terminal, VPSchedule
+from fastdiff.diffusion.steps import jump
 from fastdiff.diffusion.tensors import as_times, broadcast_to
 
 if TYPE_CHECKING:
     from diffusers import SchedulerMixin
 
     from fastdiff.diffusion.prediction import Prediction
-    from fastdiff.diffusion.schedules import NoiseSchedule
 
-SamplerKind = Literal["lcm", "ddim", "flow"]
+SamplerKind = Literal["lcm", "ddim", "flow", "tcd"]
+Predict = Callable[[Tensor, Tensor, Tensor], "Prediction"]
 
 # LCM's boundary condition: c_skip = s^2 / ((k t)^2 + s^2), with k = `timestep_scaling` (Luo et al., arXiv 2310.04378).
 SIGMA_DATA = 0.5
@@ -40,12 +42,17 @@ class SamplerSpec:
 
     Args:
         kind: "lcm" predicts x0 and adds fresh noise at every step (LCM, arXiv 2310.04378; DMD2, arXiv 2405.14867);
-            "ddim" is the deterministic jump (DDIM, arXiv 2010.02502); "flow" is Euler on x_t = (1 - t) x0 + t eps.
-        timesteps: strictly decreasing times the network is fed: indices 1..T-1 ("lcm", "ddim") or 1000 t ("flow").
+            "ddim" is the deterministic jump (DDIM, arXiv 2010.02502); "flow" is Euler on x_t = (1 - t) x0 + t eps;
+            "tcd" jumps below the next time and adds noise up to it (strategic stochastic sampling, TCD, arXiv
+            2402.19159), and ends at index 0.
+        timesteps: strictly decreasing times: indices 1..T-1 of any schedule, or 1000 t for "flow".
         guidance_scale: what the user passes to the diffusers pipeline; 0 means one conditional call a step.
         timestep_scaling: LCM's boundary scaling k; at k = 10 the skip weight is below 1e-5 for every t >= 16.
         original_inference_steps: fixes LCMScheduler's grid (50 for a student trained on LCM's 50-step grid, so that
             other step counts stay on it); None takes the trailing grid wherever that gives `timesteps`.
+        eta: of "tcd": 0 is the deterministic jump, 1 jumps to index 0 and noises from there. Stock schedulers do not
+            save it: the user passes `eta` to the pipeline.
+        tells_end: the network is told where each step ends, which stock pipelines cannot do.
 
     Raises:
         ValueError: for an unknown kind, times that do not strictly decrease or are not positive, or a bad number.
@@ -56,6 +63,8 @@ class SamplerSpec:
     guidance_scale: float = 0.0
     timestep_scaling: float = 10.0
     original_inference_steps: int | None = None
+    eta: float = 0.0
+    tells_end: bool = False
 
     def __post_init__(self) -> None:
         if self.kind not in get_args(SamplerKind):
@@ -71,6 +80,8 @@ class SamplerSpec:
             raise ValueError(f"guidance_scale must be a number >= 0 (0 means none), not {self.guidance_scale}.")
         if not self.timestep_scaling > 0:
             raise ValueError(f"timestep_scaling must be positive (LCM's is 10), not {self.timestep_scaling}.")
+        if not 0 <= self.eta <= 1 or (self.eta and self.kind != "tcd"):
+            raise ValueError(f"eta must be in [0, 1], and 0 unless the kind is 'tcd', not {self.eta} ({self.kind!r}).")
         if self.original_inference_steps is not None and self.kind != "lcm":
             raise ValueError(
                 f"original_inference_steps belongs to 'lcm' samplers, not to {self.kind!r}; leave it out."
@@ -127,9 +138,22 @@ class SamplerSpec:
             raise ValueError(f"sampler settings {sorted(missing)} are missing from {dict(values)}.")
         return cls(**{**values, "timesteps": tuple(values["timesteps"])})
 
-    def schedule_times(self) -> list[float]:
-        """The times in the units of the `NoiseSchedule`: indices for VP schedules, 0..1 for flow matching."""
-        return [t / _FLOW_UNITS for t in self.timesteps] if self.kind == "flow" else list(self.timesteps)
+    def schedule_times(self, schedule: NoiseSchedule) -> list[float]:
+        """The times in the units of the schedule: indices for VP schedules, 0..1 for flow matching."""
+        if self.kind == "flow":
+            return [t / _FLOW_UNITS for t in self.timesteps]
+        return [float(schedule.time_of_index(t)) for t in self.timesteps]
+
+    def end(self, step: int, schedule: NoiseSchedule) -> float | Terminal:
+        """Where the network's own step number `step` ends, before any noise is added: a schedule time."""
+        last = step == len(self) - 1
+        if self.kind == "tcd":
+            return float(schedule.time_of_index(0 if last else math.floor((1 - self.eta) * self.timesteps[step + 1])))
+        return Terminal.CLEAN if last or self.kind == "lcm" else self.schedule_times(schedule)[step + 1]
+
+    def call_arguments(self) -> dict[str, float]:
+        """What a user passes to the stock pipeline besides the prompt, guidance left out."""
+        return {"num_inference_steps": len(self)} | ({"eta": self.eta} if self.eta else {})
 
     def build_scheduler(self, teacher_scheduler_config: Mapping[str, Any], prediction_type: str) -> SchedulerMixin:
         """A stock scheduler whose saved config gives `timesteps` from `num_inference_steps=len(timesteps)` alone.
@@ -142,12 +166,20 @@ class SamplerSpec:
             ValueError: when no setting of the stock scheduler gives these times, when the config lacks the betas, or
                 when the prediction type cannot be used with this sampler. The message says what can be had instead.
         """
-        if (prediction_type == "flow") != (self.kind == "flow"):
+        if self.tells_end:
             raise ValueError(
-                f"a {self.kind!r} sampler cannot use prediction type {prediction_type!r}: 'flow' predictions need a "
-                "'flow' sampler, and 'epsilon', 'sample' and 'v_prediction' need 'lcm' or 'ddim'."
+                "this student is told where each step ends, an input that changes from step to step; stock pipelines "
+                "compute extra inputs once, so no stock scheduler can serve it. Sample it in process "
+                "(fastdiff.models.sampler.sample), or train a student without that input: --method tcd, pcm or tscd."
             )
-        if self.kind == "flow":
+        on_flow = str(teacher_scheduler_config.get("_class_name", "")).startswith("FlowMatch")
+        if (prediction_type == "flow") != (self.kind == "flow" or (on_flow and self.kind in ("lcm", "ddim"))):
+            raise ValueError(
+                f"a {self.kind!r} sampler cannot use prediction type {prediction_type!r} here: 'flow' predictions "
+                "need a 'flow' sampler, or 'lcm' or 'ddim' and a flow-matching teacher; 'epsilon', 'sample' and "
+                "'v_prediction' need 'lcm', 'ddim' or 'tcd'."
+            )
+        if prediction_type == "flow":
             return _flow_scheduler(self, teacher_scheduler_config)
         betas = _teacher_betas(teacher_scheduler_config)
         if self.timesteps[0] >= len(betas):
@@ -158,7 +190,7 @@ class SamplerSpec:
                 f"at timestep {self.timesteps[0]} this schedule has no signal (zero terminal SNR), where x0 cannot be "
                 "had from 'epsilon'; use prediction type 'v_prediction' or 'sample', or start below it."
             )
-        search = _lcm_scheduler if self.kind == "lcm" else _ddim_scheduler
+        search = {"lcm": _lcm_scheduler, "ddim": _ddim_scheduler, "tcd": _tcd_scheduler}[self.kind]
         for steps in (len(betas), self.timesteps[0] + 1):
             common = _vp_config(teacher_scheduler_config, betas, steps) | {"prediction_type": prediction_type}
             if (scheduler := search(self, common)) is not None:
@@ -178,27 +210,28 @@ def advance(
 ) -> Tensor:
     """State after step number `step`, in the dtype of x_t; after the last step the clean sample.
 
-    `noise` (the shape of x) is read by the "lcm" kind only, and not at the last step. Differentiable.
+    `noise` (the shape of x) is read by "lcm" and by "tcd" with eta > 0, and not at the last step. Differentiable.
     """
-    x0 = _boundary(spec, step, prediction)
-    if step == len(spec) - 1:
-        return x0
-    t_next = _batch_time(spec.schedule_times()[step + 1], prediction.x_t)
-    alpha, sigma = schedule.levels(t_next, x0)
+    dtype, last = prediction.x_t.dtype, step == len(spec) - 1
+    noisy = not last and (spec.kind == "lcm" or spec.eta > 0)
+    if noisy and noise is None:
+        shape = tuple(prediction.x_t.shape)
+        raise ValueError(f"step {step} of a {spec.kind!r} sampler needs noise of shape {shape}; none was given.")
     if spec.kind == "lcm":
-        if noise is None:
-            raise ValueError(
-                f"step {step} of an 'lcm' sampler needs noise of shape {tuple(x0.shape)}; none was given."
-            )
-        direction = noise
+        x_s = consistency(prediction, spec.timestep_scaling).to(dtype)
     else:
-        direction = prediction.eps
-    return (alpha * x0 + sigma * direction).to(prediction.x_t.dtype)
+        x_s = jump(prediction, spec.end(step, schedule)).to(dtype)
+    if not noisy:
+        return x_s
+    following = _batch_time(spec.schedule_times(schedule)[step + 1], x_s)
+    if spec.kind == "lcm":
+        return schedule.add_noise(x_s, noise, following)
+    return schedule.transition(x_s, _batch_time(spec.end(step, schedule), x_s), following, noise)
 
 
 def sample(
     spec: SamplerSpec,
-    predict: Callable[[Tensor, Tensor], Prediction],
+    predict: Predict,
     noise: Tensor,
     step_noise: Callable[[int], Tensor],
     schedule: NoiseSchedule,
@@ -207,34 +240,45 @@ def sample(
 
     Args:
         spec: the sampler.
-        predict: (x_t, t) -> Prediction, with t of shape (batch,) in the units of `schedule`.
+        predict: (x_t, t, s) -> Prediction, with t and s of shape (batch,) in the units of `schedule`: where the sample
+            is and where the network's step ends, for students that are told.
         noise: standard normal z of shape (batch, ...), fed to the network as it is.
-        step_noise: k -> fresh normal noise for the move from time k to time k + 1 (k = 0 .. steps - 2); "lcm" only.
+        step_noise: k -> fresh normal noise for the move from time k to time k + 1 (k = 0 .. steps - 2), asked for by
+            "lcm", and by "tcd" with eta > 0.
         schedule: the noise schedule the student was trained with.
 
     Returns:
         The clean sample, shape and dtype of `noise`.
     """
     x = noise
-    for step, time in enumerate(spec.schedule_times()):
-        prediction = predict(x, _batch_time(time, x))
-        fresh = step_noise(step) if spec.kind == "lcm" and step < len(spec) - 1 else None
+    noisy = spec.kind == "lcm" or spec.eta > 0
+    for step, time in enumerate(spec.schedule_times(schedule)):
+        prediction = predict(x, _batch_time(time, x), _batch_time(_end_time(spec, step, schedule), x))
+        fresh = step_noise(step) if noisy and step < len(spec) - 1 else None
         x = advance(spec, step, prediction, fresh, schedule)
     return x
 
 
-def _boundary(spec: SamplerSpec, step: int, prediction: Prediction) -> Tensor:
-    """x0, mixed with x_t by LCM's boundary weights where the stock scheduler does so."""
-    mixed = consistency(prediction, spec.timestep_scaling) if spec.kind == "lcm" else prediction.x0
-    return mixed.to(prediction.x_t.dtype)
+def _end_time(spec: SamplerSpec, step: int, schedule: NoiseSchedule) -> float:
+    end = spec.end(step, schedule)
+    return float(schedule.time_of_index(CLEAN_INDEX)) if end is Terminal.CLEAN else end
+
+
+def has_boundary_weights(schedule: NoiseSchedule) -> bool:
+    """Whether LCM mixes x_t into x0: stock schedulers do so on tables of betas, and not on flows."""
+    return isinstance(schedule, VPSchedule)
 
 
 def consistency(prediction: Prediction, timestep_scaling: float) -> Tensor:
     """LCM's consistency function c_skip x_t + c_out x0, shaped like x_t: x_t itself at time 0, x0 at any other.
 
+    On other schedules than tables of betas it is x0, which at t = 0 of a flow is x_t by itself.
+
     With tau = `timestep_scaling` * t and s = SIGMA_DATA, c_skip = s^2 / (tau^2 + s^2), c_out = tau / sqrt(tau^2 + s^2)
     (Luo et al. 2023, arXiv 2310.04378); LCMScheduler applies the same.
     """
+    if not has_boundary_weights(prediction.schedule):
+        return prediction.x0
     tau = timestep_scaling * as_times(prediction.t, prediction.x0)
     square = tau**2 + SIGMA_DATA**2
     skip, out = (broadcast_to(c, prediction.x0) for c in (SIGMA_DATA**2 / square, tau / square**0.5))
@@ -312,22 +356,37 @@ def _ddim_scheduler(spec: SamplerSpec, common: dict[str, Any]) -> SchedulerMixin
     return scheduler if times == list(spec.timesteps) and landed[:-1] == times[1:] and landed[-1] < 0 else None
 
 
+def _tcd_scheduler(spec: SamplerSpec, common: dict[str, Any]) -> SchedulerMixin | None:
+    from diffusers import TCDScheduler
+
+    search = TCDScheduler(**common)
+    for grid in _lcm_grids(spec, common["num_train_timesteps"]):
+        # Said in the config, not in the call, which would mean another grid.
+        search.register_to_config(original_inference_steps=grid)
+        search.set_timesteps(len(spec))
+        if search.timesteps.tolist() == list(spec.timesteps):
+            return TCDScheduler(**common, original_inference_steps=grid)
+    return None
+
+
 def _flow_scheduler(spec: SamplerSpec, config: Mapping[str, Any]) -> SchedulerMixin:
     from diffusers import FlowMatchEulerDiscreteScheduler
 
-    settings = {"num_train_timesteps": _FLOW_UNITS, "shift": config.get("shift", 1.0)}
+    shift = config.get("shift") or 1.0
+    times = [_FLOW_UNITS * t for t in spec.schedule_times(FlowSchedule(shift))]
+    settings = {"num_train_timesteps": _FLOW_UNITS, "shift": shift, "stochastic_sampling": spec.kind == "lcm"}
     choices = [settings]
     if len(spec) > 1:
         # The stock grid ends near 0; `shift_terminal` stretches it so that it ends at the last trained time.
-        end = {"shift_terminal": spec.timesteps[-1] / _FLOW_UNITS}
+        end = {"shift_terminal": times[-1] / _FLOW_UNITS}
         choices += [settings | end, settings | {"shift": 1.0} | end]
     for choice in choices:
         scheduler = FlowMatchEulerDiscreteScheduler(**choice)
         scheduler.set_timesteps(len(spec))
-        if torch.allclose(scheduler.timesteps, torch.tensor(spec.timesteps, dtype=torch.float32), rtol=0, atol=1e-3):
+        if torch.allclose(scheduler.timesteps, torch.tensor(times, dtype=torch.float32), rtol=0, atol=1e-3):
             return scheduler
     raise ValueError(
-        f"no FlowMatchEulerDiscreteScheduler config gives the timesteps {list(spec.timesteps)} from "
+        f"no FlowMatchEulerDiscreteScheduler config gives the timesteps {times} (1000 t) from "
         f"num_inference_steps={len(spec)} alone; with shift 1 an evenly spaced grid can be saved, e.g. "
         f"{list(SamplerSpec.trailing('flow', len(spec)).timesteps)}."
     )

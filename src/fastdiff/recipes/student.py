@@ -40,7 +40,7 @@ class Student:
     @property
     def call(self) -> dict[str, Any]:
         """Arguments of the pipeline's call: the trained number of steps and the guidance the student wants."""
-        return {"num_inference_steps": len(self.sampler), "guidance_scale": self.sampler.guidance_scale}
+        return self.sampler.call_arguments() | {"guidance_scale": self.sampler.guidance_scale}
 
     def pipeline(self, dtype: torch.dtype = torch.float32, device: torch.device | str | None = None) -> Any:
         """A stock diffusers pipeline with the trained scheduler; a folder of LoRA files goes on its teacher."""
