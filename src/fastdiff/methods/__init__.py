@@ -15,6 +15,7 @@ from fastdiff.methods.kd import KD, KDConfig
 from fastdiff.methods.ladd import LADD, LADDConfig
 from fastdiff.methods.lcm import LCM, LCMConfig
 from fastdiff.methods.pg_sb import PGSB, PGSBConfig
+from fastdiff.methods.phased_dmd import PhasedDMD, PhasedDMDConfig
 from fastdiff.methods.rectified_flow import RectifiedFlow, RectifiedFlowConfig
 from fastdiff.methods.rfpp import RFPP, RFPPConfig
 from fastdiff.methods.score_distillation import ScoreDistillation, ScoreDistillationConfig
@@ -42,6 +43,7 @@ METHODS: tuple[type[Method], ...] = (
     PGSB,
     ScoreDistillation,
     LADD,
+    PhasedDMD,
 )
 
 
@@ -61,6 +63,8 @@ def method_named(name: str) -> type[Method]:
 
 
 __all__ = [
+    "PhasedDMD",
+    "PhasedDMDConfig",
     "DMD",
     "DMD2",
     "KD",
