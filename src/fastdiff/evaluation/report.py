@@ -14,6 +14,7 @@ from typing import Any
 from torch import Tensor
 
 from fastdiff.evaluation.grid import draw_grid, save_picture
+from fastdiff.evaluation.pareto import pareto_svg
 from fastdiff.evaluation.row import Row, excess, score
 
 COLUMNS = {
@@ -154,11 +155,12 @@ overflow:auto}.wide{overflow-x:auto}"""
 
 def _page(rows: Sequence[Row], picture: Any, settings: dict[str, Any]) -> str:
     lines = derived(rows)
-    shown = [c for c in COLUMNS if any(line.get(c) is not None for line in lines)]
-    head = "".join(f"<th>{html.escape(COLUMNS[c])}</th>" for c in shown)
-    body = "\n".join(
-        "<tr>" + "".join(f"<td>{html.escape(_cell(line, c, True))}</td>" for c in shown) + "</tr>" for line in lines
-    )
+    guided = [line for line in lines if (line["guidance_scale"] or 0) > 1]
+    tables = _table([line for line in lines if line not in guided])
+    if guided:
+        tables = f"<h2>Matched: no guidance</h2>{tables}<h2>Guided: each at its own w</h2>{_table(guided)}"
+    plot = pareto_svg(rows)
+    plot = f"<h2>Faithful to the caption against near to real images</h2>{plot}" if plot else ""
     shown_settings = {"run": settings, "measured": {row.name: row.settings for row in rows}}
     image = f'<h2>Same prompts, same noise</h2><img alt="grid" src="{_data_uri(picture)}">' if picture else ""
     name = html.escape(protocol_of(rows))
@@ -168,12 +170,20 @@ def _page(rows: Sequence[Row], picture: Any, settings: dict[str, Any]) -> str:
 <p>FD: Frechet distance to the protocol's reference; excess: above the floor; score: excess over that of the best
 undistilled baseline with at most as many network calls; calls: network calls an image; w: guidance scale;
 R@1: retrieval; ± half a 95&nbsp;% interval.</p>
-<div class="wide"><table><thead><tr>{head}</tr></thead><tbody>
-{body}
-</tbody></table></div>
+{tables}
+{plot}
 {image}
 <h2>Settings</h2><pre>{html.escape(json.dumps(shown_settings, indent=1))}</pre></html>
 """
+
+
+def _table(lines: Sequence[dict[str, Any]]) -> str:
+    shown = [c for c in COLUMNS if any(line.get(c) is not None for line in lines)]
+    head = "".join(f"<th>{html.escape(COLUMNS[c])}</th>" for c in shown)
+    body = "\n".join(
+        "<tr>" + "".join(f"<td>{html.escape(_cell(line, c, True))}</td>" for c in shown) + "</tr>" for line in lines
+    )
+    return f'<div class="wide"><table><thead><tr>{head}</tr></thead><tbody>\n{body}\n</tbody></table></div>'
 
 
 def _data_uri(picture: Any) -> str:
