@@ -40,7 +40,7 @@ T = torch.tensor([20, 300, 500, 700, 980]).double()
 
 
 def method(variant: str, **config) -> ScoreDistillation:
-    return ScoreDistillation(ScoreDistillationConfig(variant=variant, **config))
+    return ScoreDistillation(ScoreDistillationConfig(score_loss=variant, **config))
 
 
 def laws(*means: float, variance: float = 0.5) -> LabelledGaussians:
@@ -273,7 +273,7 @@ def test_only_vsd_trains_a_fake_score():
     for variant in ("sds", "csd", "bsd"):
         assert [update.name for update in method(variant).updates(0)] == ["student"]
         with pytest.raises(ValueError, match="no fake score"):
-            ScoreDistillationConfig(variant=variant, student_update_every=5)
+            ScoreDistillationConfig(score_loss=variant, student_update_every=5)
 
 
 @pytest.mark.parametrize("variant", ["sds", "csd", "vsd", "bsd"])

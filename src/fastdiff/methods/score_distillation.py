@@ -152,22 +152,22 @@ class ScoreDistillationConfig(ScoreGapConfig):
     """The papers optimise single scenes; for students these are baselines.
 
     Args:
-        variant: `sds` (teacher against true noise), `csd` (guidance alone), `vsd` (teacher against a fake score) or
+        score_loss: `sds` (teacher against true noise), `csd` (guidance alone), `vsd` (teacher against a fake score) or
             `bsd` (guidance and denoising in balance).
         guidance_scale: w of the teacher for `vsd` and `sds`, whose papers take 7.5 and 100; `csd` and `bsd` have none.
         bsd_ratio: of guidance to denoising in `bsd`.
     """
 
-    variant: Literal["sds", "csd", "vsd", "bsd"] = "vsd"
+    score_loss: Literal["sds", "csd", "vsd", "bsd"] = "vsd"
     guidance_scale: float = 7.5
     bsd_ratio: float = 18.0
 
     def __post_init__(self) -> None:
         super().__post_init__()
         check_positive(bsd_ratio=self.bsd_ratio)
-        if self.variant != "vsd" and (self.student_update_every > 1 or self.update_rule != "every"):
+        if self.score_loss != "vsd" and (self.student_update_every > 1 or self.update_rule != "every"):
             raise ValueError(
-                f"{self.variant} trains no fake score, so that there is nothing to do between the student's steps: "
+                f"{self.score_loss} trains no fake score, so that there is nothing to do between the student's steps: "
                 "leave student_update_every at 1 and update_rule at 'every'"
             )
 
@@ -198,11 +198,11 @@ class ScoreDistillation(ScoreGap):
 
     def groups(self) -> dict[str, Group]:
         groups = super().groups()
-        return groups if self.config.variant == "vsd" else {"student": groups["student"]}
+        return groups if self.config.score_loss == "vsd" else {"student": groups["student"]}
 
     def loss(self, denoiser: Denoiser) -> ScoreLoss:
         """The loss on single images that this config means."""
-        match self.config.variant:
+        match self.config.score_loss:
             case "sds":
                 return SDS(denoiser, self.config.guidance_scale)
             case "csd":
@@ -213,7 +213,7 @@ class ScoreDistillation(ScoreGap):
                 return BSD(denoiser, self.config.bsd_ratio)
 
     def gradient(self, x: Tensor, batch: Batch, ctx: Context) -> Tensor:
-        """The variant's gradient at one noised version of `x`."""
+        """The gradient of the configured loss at one noised version of `x`."""
         t = any_time(ctx, "student/t", self.config.min_timestep, self.config.max_timestep)
         eps = ctx.random.normal("student/eps", batch.latent_shape)
         return self.loss(ctx.denoiser).gradient(x, t, eps, batch.cond, batch.null)
