@@ -11,6 +11,7 @@ from fastdiff.methods.disback import DisBack, DisBackConfig
 from fastdiff.methods.dmd import DMD, DMDConfig
 from fastdiff.methods.dmd2 import DMD2, DMD2Config
 from fastdiff.methods.f_distill import FDistill, FDistillConfig
+from fastdiff.methods.flash_dmd import FlashDMD, FlashDMDConfig
 from fastdiff.methods.kd import KD, KDConfig
 from fastdiff.methods.ladd import LADD, LADDConfig
 from fastdiff.methods.lcm import LCM, LCMConfig
@@ -44,6 +45,7 @@ METHODS: tuple[type[Method], ...] = (
     ScoreDistillation,
     LADD,
     PhasedDMD,
+    FlashDMD,
 )
 
 
@@ -63,8 +65,6 @@ def method_named(name: str) -> type[Method]:
 
 
 __all__ = [
-    "PhasedDMD",
-    "PhasedDMDConfig",
     "DMD",
     "DMD2",
     "KD",
@@ -86,6 +86,8 @@ __all__ = [
     "DisBackConfig",
     "FDistill",
     "FDistillConfig",
+    "FlashDMD",
+    "FlashDMDConfig",
     "Group",
     "KDConfig",
     "LADDConfig",
@@ -93,6 +95,8 @@ __all__ = [
     "Method",
     "MethodInfo",
     "PGSBConfig",
+    "PhasedDMD",
+    "PhasedDMDConfig",
     "RFPPConfig",
     "RectifiedFlow",
     "RectifiedFlowConfig",

@@ -52,8 +52,46 @@ class NoiseLaw:
     std: float = 1.0
 
 
+class Players:
+    """The losses of generator and discriminator on logits of any shape `(B, ...)`."""
+
+    loss: GanLoss
+    r1_weight: float
+    r1_std: float
+
+    def generator_loss(self, fake_logits: Tensor) -> Tensor:
+        """What the student minimises."""
+        match self.loss:
+            case "softplus":
+                return generator_softplus(fake_logits)
+            case "hinge":
+                return generator_hinge(fake_logits)
+            case "margin":
+                return generator_margin(fake_logits)
+
+    def discriminator_loss(self, real_logits: Tensor, fake_logits: Tensor) -> Tensor:
+        """What the heads minimise."""
+        loss = discriminator_softplus if self.loss == "softplus" else discriminator_hinge
+        return loss(real_logits, fake_logits)
+
+    def sides(self, real: Tensor, fake: Tensor, ctx: Context, site: str) -> Tensor:
+        """What the discriminator is shown in one call: fake, real and, for the penalty, slightly moved real samples."""
+        parts = [fake, real]
+        if self.r1_weight:
+            parts.append(real + self.r1_std * ctx.random.normal(f"{site}/r1", real.shape[1:]))
+        return torch.cat(parts)
+
+    def terms(self, logits: Tensor, rows: int, ctx: Context) -> dict[str, Tensor]:
+        """The discriminator's losses on the logits of `sides` of `rows` samples each."""
+        fake, real, *moved = logits.split(rows)
+        ctx.log("logit_real", real.detach().mean())
+        ctx.log("logit_fake", fake.detach().mean())
+        terms = {"discriminator": self.discriminator_loss(real, fake)}
+        return terms | ({"r1": self.r1_weight * mse(real, moved[0])} if moved else {})
+
+
 @dataclass(frozen=True)
-class Adversary:
+class Adversary(Players):
     """Heads on the features of a role, and the losses of both players; means over samples and heads.
 
     Args:
@@ -111,7 +149,7 @@ class Adversary:
         x_t = schedule.add_noise(x, eps, t) if start is None else schedule.transition(x, start, t, eps)
         return Noisy(x_t, t)
 
-    # The two players
+    # What the players are told
 
     def logits(self, noisy: Noisy, cond: Conditioning, ctx: Context) -> Tensor:
         """`(B, K)`, one for each head; differentiable in `x_t`."""
@@ -131,7 +169,7 @@ class Adversary:
         names = tuple(self.taps(ctx.denoiser))
         with frozen:
             features = ctx.denoiser.features(*noisy, cond.cat([cond] * _blocks(noisy, cond)), self.role, names)
-        return self._terms(ctx.modules[self.name](*features), len(cond), ctx)
+        return self.terms(ctx.modules[self.name](*features), len(cond), ctx)
 
     def terms_beside(
         self, noisy: Noisy, real: Noisy, fake: Noisy, cond: Conditioning, ctx: Context, site: str = "critic/gan"
@@ -143,36 +181,12 @@ class Adversary:
         prediction = ctx.denoiser(*every, cond.cat([cond] * _blocks(every, cond)), self.role, taps=taps)
         logits = ctx.modules[self.name](*(taps.features[name][rows:] for name in taps.names))
         own = Prediction(prediction.native[:rows], prediction.kind, noisy.x_t, noisy.t, prediction.schedule)
-        return own, self._terms(logits, rows, ctx)
-
-    def generator_loss(self, fake_logits: Tensor) -> Tensor:
-        """What the student minimises."""
-        match self.loss:
-            case "softplus":
-                return generator_softplus(fake_logits)
-            case "hinge":
-                return generator_hinge(fake_logits)
-            case "margin":
-                return generator_margin(fake_logits)
-
-    def discriminator_loss(self, real_logits: Tensor, fake_logits: Tensor) -> Tensor:
-        """What the heads minimise."""
-        loss = discriminator_softplus if self.loss == "softplus" else discriminator_hinge
-        return loss(real_logits, fake_logits)
+        return own, self.terms(logits, rows, ctx)
 
     def _rows(self, real: Noisy, fake: Noisy, ctx: Context, site: str) -> Noisy:
-        parts = [fake, real]
-        if self.r1_weight:
-            moved = real.x_t + self.r1_std * ctx.random.normal(f"{site}/r1", real.x_t.shape[1:])
-            parts.append(Noisy(moved, real.t))
-        return Noisy(torch.cat([part.x_t for part in parts]), torch.cat([part.t for part in parts]))
-
-    def _terms(self, logits: Tensor, rows: int, ctx: Context) -> dict[str, Tensor]:
-        fake, real, *moved = logits.split(rows)
-        ctx.log("logit_real", real.detach().mean())
-        ctx.log("logit_fake", fake.detach().mean())
-        terms = {"discriminator": self.discriminator_loss(real, fake)}
-        return terms | ({"r1": self.r1_weight * mse(real, moved[0])} if moved else {})
+        samples = self.sides(real.x_t, fake.x_t, ctx, site)
+        times = torch.cat([fake.t, real.t, real.t] if self.r1_weight else [fake.t, real.t])
+        return Noisy(samples, times)
 
 
 def weighted(terms: Mapping[str, Tensor], weight: float) -> dict[str, Tensor]:
