@@ -15,12 +15,14 @@ from fastdiff.methods.flash_dmd import FlashDMD, FlashDMDConfig
 from fastdiff.methods.kd import KD, KDConfig
 from fastdiff.methods.ladd import LADD, LADDConfig
 from fastdiff.methods.lcm import LCM, LCMConfig
+from fastdiff.methods.perflow import PeRFlow, PeRFlowConfig
 from fastdiff.methods.pg_sb import PGSB, PGSBConfig
 from fastdiff.methods.phased_dmd import PhasedDMD, PhasedDMDConfig
 from fastdiff.methods.rectified_flow import RectifiedFlow, RectifiedFlowConfig
 from fastdiff.methods.rfpp import RFPP, RFPPConfig
 from fastdiff.methods.score_distillation import ScoreDistillation, ScoreDistillationConfig
 from fastdiff.methods.sid import SIM, SiD, SiDA, SiDAConfig, SiDConfig, SiDLSG, SiDLSGConfig, SIMConfig
+from fastdiff.methods.slimflow import SlimFlow, SlimFlowConfig
 from fastdiff.methods.swiftbrush import SwiftBrush, SwiftBrushConfig
 from fastdiff.methods.uni_instruct import UniInstruct, UniInstructConfig
 
@@ -46,6 +48,8 @@ METHODS: tuple[type[Method], ...] = (
     LADD,
     PhasedDMD,
     FlashDMD,
+    SlimFlow,
+    PeRFlow,
 )
 
 
@@ -95,6 +99,8 @@ __all__ = [
     "Method",
     "MethodInfo",
     "PGSBConfig",
+    "PeRFlow",
+    "PeRFlowConfig",
     "PhasedDMD",
     "PhasedDMDConfig",
     "RFPPConfig",
@@ -109,6 +115,8 @@ __all__ = [
     "SiDConfig",
     "SiDLSG",
     "SiDLSGConfig",
+    "SlimFlow",
+    "SlimFlowConfig",
     "SwiftBrush",
     "SwiftBrushConfig",
     "TargetNetwork",

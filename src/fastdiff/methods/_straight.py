@@ -16,6 +16,8 @@ from fastdiff.methods.base import Batch, Context, Group, Method, Update, check_n
 from fastdiff.models.sampler import SamplerSpec
 
 LAST_INDEX = 999
+MARGIN = 1e-5
+"""Distance of noise levels from both ends, where a velocity or a weight may have no limit (arXiv 2405.20320)."""
 
 
 @dataclass(frozen=True)

@@ -11,10 +11,8 @@ from torch import Tensor
 from fastdiff.diffusion.prediction import Prediction, prediction_target
 from fastdiff.diffusion.schedules import Terminal
 from fastdiff.diffusion.timesteps import Grid, TimeSampler, Uniform, UShaped
-from fastdiff.methods._straight import Straight, StraightConfig, level_of, line_through, time_of_level
+from fastdiff.methods._straight import MARGIN, Straight, StraightConfig, level_of, line_through, time_of_level
 from fastdiff.methods.base import Batch, Context, MethodInfo, check_positive
-
-_MARGIN = 1e-5  # distance from both ends, where a velocity or a weight may have no limit
 
 
 @dataclass(frozen=True)
@@ -104,7 +102,7 @@ class RectifiedFlow(Straight):
         if self.config.objective == "distill":
             return ctx.denoiser.schedule.time_of_index(self._steps.times(u).to(u))
         schedule, start = ctx.denoiser.schedule, self.start(u, ctx)
-        level = self._levels.times(u).clamp(_MARGIN, 1 - _MARGIN) * level_of(start, schedule)
+        level = self._levels.times(u).clamp(MARGIN, 1 - MARGIN) * level_of(start, schedule)
         return time_of_level(level, schedule)
 
     def weights(self, level: Tensor) -> tuple[Tensor | float, Tensor | float]:

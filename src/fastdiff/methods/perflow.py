@@ -1,0 +1,146 @@
+"""PeRFlow: piecewise rectified flow (Yan et al. 2024, arXiv 2405.07510; code: magic-research/piecewise-rectified-flow)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from fastdiff.diffusion.losses import mse, pseudo_huber
+from fastdiff.diffusion.prediction import prediction_target
+from fastdiff.diffusion.tensors import broadcast_to
+from fastdiff.diffusion.timesteps import Segments
+from fastdiff.methods._prompts import without_prompts
+from fastdiff.methods._straight import LAST_INDEX, line_through
+from fastdiff.methods._trajectory import teacher_path
+from fastdiff.methods.base import (
+    Batch,
+    Context,
+    Group,
+    Method,
+    MethodInfo,
+    Update,
+    check_not_negative,
+    check_positive,
+)
+from fastdiff.models.sampler import SamplerSpec
+
+_INDICES = LAST_INDEX + 1
+
+
+@dataclass(frozen=True)
+class PeRFlowConfig:
+    """Defaults are those of the public SD1.5 run, but for the guidance, which the student bakes in.
+
+    Args:
+        guidance_scale: w of the teacher's solver.
+        windows: pieces of the trajectory.
+        solver_steps: DDIM steps of the teacher in a window.
+        num_inference_steps: steps the student is meant to be run with, a multiple of `windows`.
+        cfg_sync: the teacher is unguided and sees the same dropped prompts as the student, so that a LoRA student takes
+            guidance when it is run; then guidance_scale is not used.
+        prompt_dropout: share of samples whose student sees no prompt.
+        loss_type: `l2`, or `huber` with `huber_c`.
+        huber_c: width of the quadratic part.
+    """
+
+    guidance_scale: float = 7.5
+    windows: int = 4
+    solver_steps: int = 8
+    num_inference_steps: int = 4
+    cfg_sync: bool = False
+    prompt_dropout: float = 0.1
+    loss_type: Literal["l2", "huber"] = "l2"
+    huber_c: float = 1e-3
+
+    def __post_init__(self) -> None:
+        check_not_negative(guidance_scale=self.guidance_scale, prompt_dropout=self.prompt_dropout)
+        check_positive(windows=self.windows, solver_steps=self.solver_steps, huber_c=self.huber_c)
+        check_positive(num_inference_steps=self.num_inference_steps)
+        if self.prompt_dropout > 1:
+            raise ValueError(f"prompt_dropout is a share, got {self.prompt_dropout}")
+        if _INDICES % self.num_inference_steps or self.num_inference_steps % self.windows:
+            raise ValueError(
+                f"num_inference_steps ({self.num_inference_steps}) must be a multiple of windows ({self.windows}) and "
+                f"divide {_INDICES}, so that the sampler's steps end at the windows' edges; e.g. 4 windows and 4, 8, "
+                "20 or 40 steps"
+            )
+        if self.solver_steps * self.windows > _INDICES:
+            raise ValueError(f"{self.solver_steps} solver steps do not fit in one of {self.windows} windows")
+
+
+class PeRFlow(Method):
+    r"""Reflow inside windows of the trajectory: short, cheap pairs that need no store, and more steps always help.
+
+    In a window from time s down to e, x_s is noised data (plain noise at the noisiest edge, as samplers feed it) and
+    x_e the teacher's solution at e from it. The student learns the line that stock DDIM walks from one to the other,
+
+        x_t = alpha_t x~ + sigma_t eps~,  with (x~, eps~) such that the line meets x_s at s and x_e at e,
+
+    so L = d(F_student(x_t, t), F(x~, eps~)) in the network's own prediction type, t uniform, everything but F_student
+    detached. eps~ = (x_e / alpha_e - x_s / alpha_s) / (kappa_e - kappa_s) is the mean of the teacher's noise prediction
+    over the window, the public code's `ddim_eps` target; there the input lies on the chord in x, for which no stock
+    sampler exists, here on DDIM's line, so that stock DDIM is exact at any multiple of `windows`. In a flow both are
+    the same chord. One window is reflow with pairs made on the way.
+    """
+
+    info = MethodInfo(
+        name="perflow",
+        title="PeRFlow (piecewise rectified flow)",
+        family="trajectory",
+        paper="PeRFlow: Piecewise Rectified Flow as Universal Plug-and-Play Accelerator",
+        arxiv="2405.07510",
+        needs=("images", "pairs"),
+        student_kinds=("lora", "full"),
+        steps="4-8",
+    )
+    Config = PeRFlowConfig
+    config: PeRFlowConfig
+
+    def __init__(self, config: PeRFlowConfig) -> None:
+        super().__init__(config)
+        width = _INDICES // config.windows
+        # Index -1 is the clean end on every process.
+        self._windows = Segments(tuple(float(width * number - 1) for number in range(config.windows + 1)))
+
+    def groups(self) -> dict[str, Group]:
+        return {"student": Group()}
+
+    def updates(self, step: int) -> tuple[Update, ...]:
+        return (Update("student", self.student_loss, ("student",)),)
+
+    def sampler(self) -> SamplerSpec:
+        return SamplerSpec.trailing("ddim", self.config.num_inference_steps)
+
+    def student_loss(self, batch: Batch, ctx: Context) -> Mapping[str, Tensor]:
+        """One window and one place in it for each sample."""
+        schedule = ctx.denoiser.schedule
+        index = ctx.random.integers("t", 0, _INDICES).to(torch.float32)
+        edges = self._windows.ends(index)
+        end, start = (schedule.time_of_index(edge) for edge in edges)
+        asked = without_prompts(batch, ctx.random.bernoulli("drop", self.config.prompt_dropout))
+        x_s = self._window_start(batch, edges[1], ctx)
+        with torch.no_grad():
+            x_e = self._solve(x_s, edges, asked if self.config.cfg_sync else batch, ctx)
+        x0, eps = line_through(x_s, start, x_e, end, schedule)
+        t = schedule.time_of_index(index)
+        student = ctx.denoiser(schedule.add_noise(x0, eps, t), t, asked.cond, "student")
+        target = prediction_target(student.kind, schedule, x0, eps, t)
+        if self.config.loss_type == "l2":
+            return {"perflow": mse(student.native, target)}
+        return {"perflow": pseudo_huber(student.native, target, self.config.huber_c)}
+
+    def _window_start(self, batch: Batch, edge: Tensor, ctx: Context) -> Tensor:
+        x0, eps = batch.images(), ctx.random.normal("eps", batch.latent_shape)
+        noised = ctx.denoiser.schedule.add_noise(x0, eps, ctx.denoiser.schedule.time_of_index(edge))
+        return torch.where(broadcast_to(edge == LAST_INDEX, noised), eps.to(noised), noised)
+
+    def _solve(self, x_s: Tensor, edges: tuple[Tensor, Tensor], batch: Batch, ctx: Context) -> Tensor:
+        """The teacher's DDIM steps from the noisy to the clean edge of each sample's window, at whole indices."""
+        end, start = edges
+        steps = self.config.solver_steps
+        indices = [torch.lerp(start, end, step / steps).round() for step in range(steps + 1)]
+        return teacher_path(x_s, indices, batch, ctx, 1.0 if self.config.cfg_sync else self.config.guidance_scale)
