@@ -32,10 +32,11 @@ def sample_role(
     random = Randomness(trainer.settings.seed, PREVIEW_STEP % 2**32, indices)
     shape = trainer.batches.latent_shape
     inputs = trainer.method.sampling_inputs(denoiser, len(cond), trainer.device)
+    served_by = iter(trainer.method.experts() if role == "student" else ())
 
     def predict(x_t: Tensor, t: Tensor, s: Tensor) -> Prediction:
         told = inputs | trainer.method.step_inputs(denoiser, t, s) if role == "student" else {}
-        return denoiser(x_t, t, cond, role, **told)
+        return denoiser(x_t, t, cond, next(served_by, role), **told)
 
     return sample(
         spec, predict, random.normal("0", shape), lambda k: random.normal(str(k + 1), shape), denoiser.schedule

@@ -14,11 +14,14 @@ from torch import Tensor
 from fastdiff.diffusion.prediction import Prediction
 from fastdiff.engine.files import whole_folder
 from fastdiff.export.card import GRID_FILE, License, write_card
+from fastdiff.export.experts import Experts, Predict, write_experts
 from fastdiff.export.loadback import (
     HALF_TOLERANCES,
     TOLERANCE,
+    LoadBackCheck,
     LoadBackReport,
     Probe,
+    check_experts,
     check_lora,
     check_pipeline,
     make_probe,
@@ -68,6 +71,7 @@ def export_student(
     conditioning: Conditioning,
     fresh_pipeline: Callable[[], DiffusionPipeline],
     options: ExportOptions = ExportOptions(),
+    experts: Experts | None = None,
 ) -> LoadBackReport:
     """Writes the student folder aside, loads everything back in stock diffusers, and only then renames it.
 
@@ -80,6 +84,7 @@ def export_student(
         conditioning: a few prompts' worth, at the teacher's default resolution.
         fresh_pipeline: loads the teacher's pipeline anew (called once for each LoRA file, and not without adapters).
         options: what goes into the folder.
+        experts: earlier adapters of a student that is several; there is no whole pipeline then.
 
     Raises:
         LoadBackError: if any file does not give the trained student back; the folder is not written then.
@@ -90,6 +95,8 @@ def export_student(
     check_replaceable(folder)
     if not (options.pipeline or student.adapters):
         raise ValueError("a student of full weights has no LoRA form: leave options.pipeline on.")
+    if options.pipeline and experts is not None:
+        raise ValueError("a student of several adapters has no whole pipeline: switch options.pipeline off.")
     shape = teacher.latent_shape(teacher.default_resolution)
     device = next(student.network.parameters()).device
     probe = make_probe(predict, conditioning, shape, student.sampler, teacher.schedule, device)
@@ -101,6 +108,8 @@ def export_student(
             checks.append(check_pipeline(aside, probe, student.sampler, teacher.family, tolerance))
         if files is not None:
             checks += _check_files(files, student, teacher, probe, fresh_pipeline, options)
+        if experts is not None:
+            checks += _write_checked_experts(aside, student, experts, teacher, conditioning, fresh_pipeline, options)
         report = LoadBackReport(tuple(checks)).require_ok()
         record = dataclasses.replace(record, load_back=report.to_dict())
         write_record(aside, record)
@@ -142,6 +151,33 @@ def _check_files(
         check_lora(path, fresh_pipeline, scheduler, probe, student.sampler, teacher.family, files.modules, tolerance)
         for path in files.paths()
     ]
+
+
+def _write_checked_experts(
+    folder: Path,
+    student: Student,
+    experts: Experts,
+    teacher: Teacher,
+    conditioning: Conditioning,
+    fresh_pipeline: Callable[[], DiffusionPipeline],
+    options: ExportOptions,
+) -> list[LoadBackCheck]:
+    """Every file by itself, as that of a single student, and then a pipeline that switches between them."""
+    shape = teacher.latent_shape(teacher.default_resolution)
+    device = next(student.network.parameters()).device
+
+    def probe(predict: Predict) -> Probe:
+        return make_probe(predict, conditioning, shape, student.sampler, teacher.schedule, device)
+
+    checks = []
+    for name, files in write_experts(folder, student, experts, teacher.schedule, options.lora_dtype).items():
+        own = probe(experts.predict[name])
+        for check in _check_files(files, student, teacher, own, fresh_pipeline, options):
+            checks.append(dataclasses.replace(check, name=f"{name}/{check.name}"))
+    switched = probe(experts.in_turn(student.sampler, teacher.schedule))
+    tolerance = _tolerance(options, options.lora_dtype, student)
+    pipeline, scheduler = fresh_pipeline(), student.scheduler()
+    return [*checks, check_experts(folder, pipeline, scheduler, switched, student.sampler, teacher.family, tolerance)]
 
 
 def _tolerance(options: ExportOptions, stored: torch.dtype | None, student: Student) -> float:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fastdiff.export import card_text
+from fastdiff.export.experts import EXPERTS_FILE
 from fastdiff.export.lora import DIFFUSERS_FILE, KOHYA_FILE
 from fastdiff.export.student import StudentRecord
 from fastdiff.models.teacher import ASSETS, EMBEDDED
@@ -102,6 +103,7 @@ def write_card(
         full=(folder / "model_index.json").is_file(),
         lora=(folder / DIFFUSERS_FILE).is_file(),
         kohya=(folder / KOHYA_FILE).is_file(),
+        experts=(folder / EXPERTS_FILE).is_file(),
         grid=GRID_FILE if (folder / GRID_FILE).is_file() else None,
         datasets=tuple(datasets),
         prompt=prompt,

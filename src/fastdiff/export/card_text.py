@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from fastdiff.export.experts import EXPERTS_FILE
 from fastdiff.export.lora import DIFFUSERS_FILE, KOHYA_FILE
 from fastdiff.export.student import StudentRecord
 from fastdiff.models.sampler import SamplerSpec
@@ -45,6 +46,7 @@ class Facts:
     full: bool
     lora: bool
     kohya: bool
+    experts: bool
     grid: str | None
     datasets: tuple[str, ...]
     prompt: str
@@ -77,7 +79,7 @@ def body(facts: Facts) -> str:
         _headline(facts),
         f"![Samples]({facts.grid})" if facts.grid else "",
         _usage(facts),
-        _comfy(facts) if facts.kohya else "",
+        _comfy(facts) if facts.kohya and not facts.experts else "",
         _metrics(facts.record.metrics),
         _training(facts),
         _limits(facts),
@@ -106,7 +108,14 @@ def _usage(facts: Facts) -> str:
     if facts.full:
         parts.append("The repository is a whole pipeline; its scheduler holds the trained timesteps.")
         parts.append(full_snippet(facts))
-    if facts.lora:
+    if facts.experts:
+        parts.append(
+            f"The student is several LoRAs, each for an interval of noise levels that `{EXPERTS_FILE}` names; a pipeline "
+            "must switch between them as it goes. fastdiff's does; elsewhere, load each file under a name of its own and "
+            "call `pipe.set_adapters` between steps."
+        )
+        parts.append(experts_snippet(facts))
+    elif facts.lora:
         parts.append("The LoRA goes on the base model, at strength 1; add style LoRAs after it.")
         parts.append(lora_snippet(facts))
     return "\n\n".join(parts)
@@ -138,6 +147,17 @@ def lora_snippet(facts: Facts) -> str:
         f'pipe.scheduler = {scheduler}.from_pretrained("{repo}", subfolder="scheduler")',
         f"image = pipe({json.dumps(facts.prompt)}, {_call(facts)}, "
         f"guidance_scale={facts.sampler.guidance_scale:g}).images[0]",
+    )
+
+
+def experts_snippet(facts: Facts) -> str:
+    """Python that makes a pipeline which switches between experts."""
+    return _python(
+        "from fastdiff import Student",
+        "from huggingface_hub import snapshot_download",
+        "",
+        f'student = Student(snapshot_download("{facts.repo_id}"))',
+        f"image = student.pipeline()({json.dumps(facts.prompt)}, **student.call).images[0]",
     )
 
 

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from fastdiff.diffusion.prediction import Prediction
 from fastdiff.diffusion.schedules import NoiseSchedule
+from fastdiff.export.experts import EXPERTS_FILE, load_experts
 from fastdiff.export.lora import count_modules
 from fastdiff.models.conditioning import Conditioning
 from fastdiff.models.families import Family
@@ -201,6 +202,25 @@ def check_lora(
     saved = count_modules(path) if expected_modules is None else expected_modules
     counts = (saved, len(loaded))
     return _compare(path.name, pipeline, probe, sampler, family, tolerance, counts, tuple(caught))
+
+
+def check_experts(
+    folder: str | Path,
+    pipeline: DiffusionPipeline,
+    scheduler: SchedulerMixin,
+    probe: Probe,
+    sampler: SamplerSpec,
+    family: Family,
+    tolerance: float = TOLERANCE,
+) -> LoadBackCheck:
+    """Loads all experts of a student folder into a fresh pipeline of the teacher, which switches, and compares.
+
+    `probe` holds the answers of the expert whose time it is; the other arguments are as in `check_lora`.
+    """
+    pipeline.scheduler = type(scheduler).from_config(dict(scheduler.config))
+    with _bad_warnings() as caught:
+        load_experts(pipeline, folder, family.network_name)
+    return _compare(EXPERTS_FILE, pipeline, probe, sampler, family, tolerance, (0, 0), tuple(caught))
 
 
 @torch.no_grad()

@@ -43,7 +43,7 @@ def export_run(
         pipeline: False writes a LoRA student's LoRA files only.
 
     Raises:
-        ValueError: if a LoRA is asked of a full student.
+        ValueError: if a LoRA is asked of a full student, or one folder of several full students.
         LoadBackError: if stock diffusers does not give the trained student back; nothing is left then.
         OSError: if the folder cannot be written.
     """
@@ -61,6 +61,7 @@ def export_run(
             trainer.teacher.encode(PROBE_PROMPTS, trainer.teacher.default_resolution).to(dtype=torch.float32),
             lambda: fresh_pipeline(trainer.teacher, student, Path(scratch)),
             options,
+            _experts(trainer),
         )
     return Student(folder)
 
@@ -110,15 +111,28 @@ def _record(trainer: Trainer, recipe: Recipe, student: export.Student) -> export
     )
 
 
-def _predict(trainer: Trainer) -> Any:
+def _experts(trainer: Trainer) -> export.Experts | None:
+    """The adapters of a student that is several."""
+    by_step = trainer.method.experts()
+    if set(by_step) == {"student"}:
+        return None
+    if not trainer.networks.roles.is_adapter("student"):
+        raise ValueError(
+            f"the student of this {trainer.method.info.name} run is {len(set(by_step))} full networks, and a pipeline "
+            "folder holds one: train adapters (--student lora)"
+        )
+    return export.Experts(by_step, {role: _predict(trainer, role) for role in dict.fromkeys(by_step)})
+
+
+def _predict(trainer: Trainer, role: str = "student") -> export.Predict:
     """The trainer's student, computed in the type its weights are stored in."""
     own = trainer.networks.denoiser
-    weight = next(own.roles.network("student").parameters())
+    weight = next(own.roles.network(role).parameters())
     denoiser = Denoiser(own.roles, own.family, own.schedule, own.kind, weight.dtype)
 
     def predict(x_t: Tensor, t: Tensor, cond: Conditioning) -> Prediction:
         inputs = trainer.method.sampling_inputs(denoiser, len(x_t), x_t.device)
-        return denoiser(x_t, t, cond, "student", **inputs)
+        return denoiser(x_t, t, cond, role, **inputs)
 
     return predict
 
@@ -129,7 +143,7 @@ def _options(trainer: Trainer, recipe: Recipe, pipeline: bool) -> export.ExportO
     if license is None and teacher.source:
         license = export.teacher_license(teacher.source, teacher.revision, hub.hub_token)
     return export.ExportOptions(
-        pipeline=pipeline,
+        pipeline=pipeline and set(trainer.method.experts()) == {"student"},
         license=license,
         repo_id=hub.hub_model_id or Path(recipe.values["output_dir"]).name,
     )

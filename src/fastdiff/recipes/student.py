@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from fastdiff.export.experts import EXPERTS_FILE, load_experts
 from fastdiff.export.lora import DIFFUSERS_FILE
 from fastdiff.export.student import RECORD_FILE, read_record
 from fastdiff.models.teacher import Teacher
@@ -106,5 +107,8 @@ def _on_teacher(folder: Path, dtype: torch.dtype) -> Any:
         raise ValueError(f"{record.teacher['source']} has other weights now than when {folder} was distilled from it")
     pipeline, scheduler = teacher.pipeline, teacher.pipeline.scheduler
     pipeline.scheduler = record.sampler.build_scheduler(scheduler.config, teacher.prediction_type)
-    pipeline.load_lora_weights(str(folder), weight_name=DIFFUSERS_FILE, local_files_only=True)
+    if (folder / EXPERTS_FILE).is_file():
+        load_experts(pipeline, folder, teacher.family.network_name)
+    else:
+        pipeline.load_lora_weights(str(folder), weight_name=DIFFUSERS_FILE, local_files_only=True)
     return pipeline
