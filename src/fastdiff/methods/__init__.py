@@ -20,6 +20,7 @@ from fastdiff.methods.pg_sb import PGSB, PGSBConfig
 from fastdiff.methods.phased_dmd import PhasedDMD, PhasedDMDConfig
 from fastdiff.methods.rectified_flow import RectifiedFlow, RectifiedFlowConfig
 from fastdiff.methods.rfpp import RFPP, RFPPConfig
+from fastdiff.methods.scm import SCM, SCMConfig
 from fastdiff.methods.score_distillation import ScoreDistillation, ScoreDistillationConfig
 from fastdiff.methods.sid import SIM, SiD, SiDA, SiDAConfig, SiDConfig, SiDLSG, SiDLSGConfig, SIMConfig
 from fastdiff.methods.slimflow import SlimFlow, SlimFlowConfig
@@ -50,6 +51,7 @@ METHODS: tuple[type[Method], ...] = (
     FlashDMD,
     SlimFlow,
     PeRFlow,
+    SCM,
 )
 
 
@@ -69,6 +71,8 @@ def method_named(name: str) -> type[Method]:
 
 
 __all__ = [
+    "SCM",
+    "SCMConfig",
     "DMD",
     "DMD2",
     "KD",

@@ -1,0 +1,142 @@
+"""Continuous-time consistency distillation (Lu & Song 2024, arXiv 2410.11081)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from fastdiff.diffusion.losses import mse
+from fastdiff.diffusion.prediction import Prediction
+from fastdiff.methods._continuous import (
+    check_falling,
+    drop_broken,
+    log_kappa_rate,
+    log_normal_time,
+    ode_direction,
+    root_mean_square,
+    trig_levels,
+    trig_velocity,
+)
+from fastdiff.methods.base import (
+    Batch,
+    Context,
+    Group,
+    Method,
+    MethodInfo,
+    Update,
+    check_not_negative,
+    check_positive,
+)
+from fastdiff.models.roles import TEACHER
+from fastdiff.models.sampler import SamplerSpec
+from fastdiff.models.tangents import Point, Tangents
+
+
+@dataclass(frozen=True)
+class SCMConfig:
+    """Defaults are the paper's; it distils no text-to-image model, so that guidance has none.
+
+    Args:
+        guidance_scale: w of the teacher, 1 means none; the student bakes it in.
+        timesteps: the student's times, noisiest first; each after the first adds fresh noise to a clean prediction.
+        time_mean, time_std: ln(sigma / alpha) of the training times is normal with these.
+        tangent_warmup: steps over which the unstable part of the tangent grows in.
+        tangent_norm: what a tangent is divided by besides `tangent_constant`: its root mean square, which does not
+            depend on the resolution (FastGen's default), or its length (`l2`, the paper's).
+        tangent_constant: added to the norm.
+    """
+
+    guidance_scale: float = 1.0
+    timesteps: tuple[int, ...] = (999,)
+    time_mean: float = -1.0
+    time_std: float = 1.4
+    tangent_warmup: int = 10000
+    tangent_norm: Literal["rms", "l2"] = "rms"
+    tangent_constant: float = 0.1
+
+    def __post_init__(self) -> None:
+        check_not_negative(guidance_scale=self.guidance_scale, tangent_warmup=self.tangent_warmup)
+        check_positive(time_std=self.time_std, tangent_constant=self.tangent_constant)
+        check_falling(self.timesteps)
+
+
+class SCM(Method):
+    r"""Makes the clean prediction constant along the guided teacher's trajectory, in the limit of small steps.
+
+    With x = cos(a) x0 + sin(a) eps, F the TrigFlow velocity cos(a) eps - sin(a) x0 of a prediction (of Stable
+    Diffusion the v-prediction at the index whose sigma / alpha is tan(a)), and f = cos(a) x - sin(a) F,
+
+        g = -cos^2(a) (F - F_teacher) - r (cos(a) sin(a) x + cos(a) sin(a) dF/da) = cos(a) df/da   at r = 1,
+        L = mean (F - sg[F + g / (|g| + c)])^2,   r = min(1, step / tangent_warmup),
+
+    where dF/da is taken along the teacher's ODE and everything but the first F is detached. As cos sin d/da is
+    d/d ln(sigma / alpha), nothing grows at either end; any process is trained in its own network's terms. At r = 0
+    the student regresses the teacher. Times that Stable Diffusion does not reach (a above 86.09 degrees) are held at
+    its last index. Samples whose tangent is not finite do not count.
+    """
+
+    info = MethodInfo(
+        name="scm",
+        title="Continuous-time consistency distillation (sCM, sCD)",
+        family="trajectory",
+        paper="Simplifying, Stabilizing and Scaling Continuous-Time Consistency Models",
+        arxiv="2410.11081",
+        needs=("images",),
+        student_kinds=("lora", "full"),
+        steps="1-2",
+    )
+    Config = SCMConfig
+    config: SCMConfig
+
+    def __init__(self, config: SCMConfig) -> None:
+        super().__init__(config)
+        self.tangents = Tangents()
+
+    def groups(self) -> dict[str, Group]:
+        return {"student": Group()}
+
+    def updates(self, step: int) -> Iterable[Update]:
+        yield Update("student", self.student_loss, ("student",))
+
+    def sampler(self) -> SamplerSpec:
+        return SamplerSpec("lcm", self.config.timesteps)
+
+    def student_loss(self, batch: Batch, ctx: Context) -> Mapping[str, Tensor]:
+        """The tangent's regression at one noised version of each image."""
+        return {"consistency": consistency_term(batch, ctx, self.config, self.tangents)}
+
+
+def consistency_term(batch: Batch, ctx: Context, config: SCMConfig, tangents: Tangents) -> Tensor:
+    """The loss of :class:`SCM`."""
+    t = log_normal_time(ctx, "t", config.time_mean, config.time_std)
+    x_t = ctx.denoiser.schedule.add_noise(batch.images(), ctx.random.normal("eps", batch.latent_shape), t)
+    with torch.no_grad():
+        teacher = ctx.denoiser(x_t, t, batch.cond, TEACHER, batch.null, config.guidance_scale)
+    share = min(1.0, ctx.step / config.tangent_warmup) if config.tangent_warmup else 1.0
+    g = tangent(teacher, batch, ctx, tangents, share)
+    ctx.log("tangent", root_mean_square(g).mean())
+    student = trig_velocity(ctx.denoiser(x_t, t, batch.cond, "student"))
+    return mse(student, (student + normalised(g, config)).detach())
+
+
+def tangent(teacher: Prediction, batch: Batch, ctx: Context, tangents: Tangents, share: float) -> Tensor:
+    """g of the student where the teacher's prediction was made; `share` is r."""
+    rate = log_kappa_rate(teacher.schedule, teacher.t)
+    at, along = Point(teacher.x_t, teacher.t), ode_direction(teacher, rate)
+    found = tangents(ctx.denoiser, batch.cond, "student", at, along, trig_velocity)
+    cos, sin = trig_levels(teacher)
+    x = teacher.x_t * (teacher.levels[0] ** 2 + teacher.levels[1] ** 2).rsqrt()
+    g = -(cos**2) * (found.value - trig_velocity(teacher)) - share * (cos * sin * x + found.derivative)
+    return drop_broken(found.finite, g)
+
+
+def normalised(g: Tensor, config: SCMConfig) -> Tensor:
+    """The tangent at a length below one, a sample."""
+    length = root_mean_square(g)
+    if config.tangent_norm == "l2":
+        length = length * g[0].numel() ** 0.5
+    return g / (length + config.tangent_constant)
