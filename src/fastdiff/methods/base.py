@@ -7,7 +7,7 @@ micro-batches of a step, calls backward at once and steps the optimizers of the 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
 
@@ -37,7 +37,7 @@ class MethodInfo:
     needs: tuple[Need, ...]
     student_kinds: tuple[StudentKind, ...]
     steps: str
-    status: str = "tested on the embedded teacher"
+    status: str = "closed forms tested, not scored yet"
 
 
 @dataclass(frozen=True)
@@ -191,6 +191,14 @@ class Method(ABC):
         """The student's network when it needs inputs the teacher lacks, made from a copy of the teacher; else None."""
         return None
 
+    def critic_network(self, network: nn.Module) -> nn.Module | None:
+        """The network of full critics when it is not a copy of the teacher's; else None."""
+        return None
+
+    def choose(self, prompts: Sequence[str], encode: Callable[[Sequence[str]], Conditioning]) -> Sequence[int] | None:
+        """The numbers of the samples this run trains on, of all the data's captions; None for all of them."""
+        return None
+
     def sampling_inputs(self, denoiser: Denoiser, batch_size: int, device: torch.device) -> dict[str, Tensor]:
         """Extra network inputs of the student when it is sampled, e.g. a guidance embedding."""
         return {}
@@ -220,6 +228,10 @@ class Method(ABC):
         Own name -> names in the earlier run, of which the first that is there counts.
         """
         return None
+
+    def export_files(self) -> dict[str, dict[str, Tensor]]:
+        """Tensors that belong beside the exported student, by the name of their file."""
+        return {}
 
     def state_dict(self) -> dict[str, Tensor]:
         """What the method remembers between steps, besides weights."""

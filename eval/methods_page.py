@@ -1,0 +1,72 @@
+"""Writes docs/methods.md: every method with its paper, needs and recipes, and the leaderboard.
+
+python eval/methods_page.py
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from fastdiff.data.files import write_aside
+from fastdiff.evaluation.leaderboard import markdown, read_entries
+from fastdiff.recipes.declared import declared_methods
+from fastdiff.recipes.recipe import read_yaml
+
+ROOT = Path(__file__).resolve().parents[1]
+PAGE = ROOT / "docs" / "methods.md"
+HEAD = """# Methods
+
+Made by `python eval/methods_page.py`; do not edit. `fastdiff distill --method NAME --help` explains every option, and
+the equation stands in the docstring of `src/fastdiff/methods/`. "needs" is what the data must hold at the least; "LoRA"
+and "full" are the kinds of student.
+"""
+BOARD = """
+## Scores on the embedded teacher
+
+Protocol `emoji-2k/tower-v1` (see [eval/README.md](../eval/README.md)). score: excess Frechet distance over the floor as
+a share of that of the best undistilled sampling with at most as many network calls; 95 % intervals over seeds; training
+passes count forward 1, backward 1 (2 with weight gradients), recomputation 1. Made by `eval/leaderboard.py`.
+
+"""
+
+
+def recipes_by_method() -> dict[str, list[Path]]:
+    """Recipe files by the method that they, or their stages, name."""
+    found: dict[str, list[Path]] = {}
+    for path in sorted((ROOT / "training" / "recipes").glob("*/*.yaml")):
+        written = read_yaml(path)
+        stages = [stage.get("method") for stage in written.get("stages", ())]
+        for name in sorted({name for name in (written.get("method"), *stages) if name}):
+            found.setdefault(name, []).append(path)
+    return found
+
+
+def page() -> str:
+    """The whole page as text."""
+    recipes, families = recipes_by_method(), {}
+    for method in declared_methods():
+        families.setdefault(method.info["family"], []).append(method.info)
+    text = [HEAD]
+    for family, methods in families.items():
+        text.append(f"\n## {family[0].upper()}{family[1:]}\n")
+        text.append("| method | paper | needs | student | steps | recipes | status |\n|" + " --- |" * 7)
+        text += [_line(info, recipes.get(info["name"], [])) for info in methods]
+    board = read_entries(ROOT / "eval" / "leaderboard.json")
+    return "\n".join(text) + "\n" + (BOARD + markdown(board) if board else "")
+
+
+def _line(info: dict, recipes: list[Path]) -> str:
+    kinds = ", ".join("LoRA" if kind == "lora" else kind for kind in info["student_kinds"])
+    links = ", ".join(f"[{path.parent.name}/{path.stem}](../{path.relative_to(ROOT).as_posix()})" for path in recipes)
+    paper = f"[{info['paper']}](https://arxiv.org/abs/{info['arxiv']})"
+    cells = [f"`{info['name']}`", paper, ", ".join(info["needs"]), kinds, info["steps"], links, info["status"]]
+    return "| " + " | ".join(cells) + " |"
+
+
+def main() -> None:
+    with write_aside(PAGE) as aside:
+        aside.write_text(page(), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
