@@ -31,7 +31,7 @@ from .schedules import (
     schedule_from_config,
 )
 from .solvers import Solver, invert, solve, teacher_times
-from .steps import ddim_eta, er_sde, euler, heun, heun_flow, jump, pf_velocity, renoise
+from .steps import ddim_eta, er_sde, er_sde_5, euler, heun, heun_flow, jump, pf_velocity, renoise
 from .tensors import as_times, broadcast_to, compute_dtype
 from .timesteps import (
     Grid,
@@ -81,6 +81,7 @@ __all__ = [
     "discriminator_softplus",
     "dmd_normaliser",
     "er_sde",
+    "er_sde_5",
     "euler",
     "generator_hinge",
     "generator_margin",

@@ -14,7 +14,7 @@ from .prediction import Prediction
 from .schedules import NoiseSchedule, Terminal
 from .tensors import as_times, broadcast_to, compute_dtype
 
-__all__ = ["ddim_eta", "er_sde", "euler", "heun", "heun_flow", "jump", "pf_velocity", "renoise"]
+__all__ = ["ddim_eta", "er_sde", "er_sde_5", "euler", "heun", "heun_flow", "jump", "pf_velocity", "renoise"]
 
 Predict = Callable[[Tensor, Tensor], Prediction]
 
@@ -84,6 +84,17 @@ def er_sde(prediction: Prediction, s: Tensor | float | Terminal, eta: Tensor | f
     ratio = _kappa_ratio(prediction, s)
     kept = ratio ** (broadcast_to(as_times(eta, ratio), prediction.x_t) ** 2)
     return _noisy_jump(prediction, s, kept, noise)
+
+
+def er_sde_5(prediction: Prediction, s: Tensor | float | Terminal, noise: Tensor) -> Tensor:
+    """First-order step of the SDE with noise function ``kappa (e^(kappa^0.3) + 10)`` (ER-SDE 5, arXiv 2309.06169).
+
+    Nearly ancestral at high noise, nearly deterministic near the clean end.
+    """
+    alpha_t, sigma_t = prediction.levels
+    alpha_s, sigma_s = prediction.schedule.levels(s, prediction.x0)
+    high, low = (sigma_t / alpha_t) ** 0.3, (sigma_s / alpha_s) ** 0.3
+    return _noisy_jump(prediction, s, (low.exp() + 10) / (high.exp() + 10), noise)
 
 
 def renoise(

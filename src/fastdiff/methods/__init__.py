@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 
 from fastdiff.methods.base import Batch, Context, Group, Method, MethodInfo, TargetNetwork, Update
+from fastdiff.methods.ctm import CTM, TCD, CTMConfig, TCDConfig
 from fastdiff.methods.decoupled_dmd import DecoupledDMD, DecoupledDMDConfig
 from fastdiff.methods.diff_instruct import DiffInstruct, DiffInstructConfig
 from fastdiff.methods.disback import DisBack, DisBackConfig
@@ -12,24 +13,36 @@ from fastdiff.methods.dmd import DMD, DMDConfig
 from fastdiff.methods.dmd2 import DMD2, DMD2Config
 from fastdiff.methods.f_distill import FDistill, FDistillConfig
 from fastdiff.methods.flash_dmd import FlashDMD, FlashDMDConfig
+from fastdiff.methods.guidance_distillation import GuidanceDistillation, GuidanceDistillationConfig
 from fastdiff.methods.kd import KD, KDConfig
 from fastdiff.methods.ladd import LADD, LADDConfig
 from fastdiff.methods.lcm import LCM, LCMConfig
+from fastdiff.methods.pcm import PCM, PCMConfig
 from fastdiff.methods.perflow import PeRFlow, PeRFlowConfig
 from fastdiff.methods.pg_sb import PGSB, PGSBConfig
 from fastdiff.methods.phased_dmd import PhasedDMD, PhasedDMDConfig
+from fastdiff.methods.progressive import Progressive, ProgressiveConfig
 from fastdiff.methods.rectified_flow import RectifiedFlow, RectifiedFlowConfig
 from fastdiff.methods.rfpp import RFPP, RFPPConfig
 from fastdiff.methods.scm import SCM, SCMConfig
 from fastdiff.methods.score_distillation import ScoreDistillation, ScoreDistillationConfig
+from fastdiff.methods.scott import SCott, SCottConfig
 from fastdiff.methods.sid import SIM, SiD, SiDA, SiDAConfig, SiDConfig, SiDLSG, SiDLSGConfig, SIMConfig
 from fastdiff.methods.slimflow import SlimFlow, SlimFlowConfig
 from fastdiff.methods.swiftbrush import SwiftBrush, SwiftBrushConfig
+from fastdiff.methods.tscd import TSCD, TSCDConfig
 from fastdiff.methods.uni_instruct import UniInstruct, UniInstructConfig
 
 METHODS: tuple[type[Method], ...] = (
     DMD2,
     LCM,
+    GuidanceDistillation,
+    Progressive,
+    CTM,
+    TCD,
+    PCM,
+    TSCD,
+    SCott,
     DecoupledDMD,
     DisBack,
     FDistill,
@@ -73,16 +86,21 @@ def method_named(name: str) -> type[Method]:
 __all__ = [
     "SCM",
     "SCMConfig",
+    "CTM",
     "DMD",
     "DMD2",
     "KD",
     "LADD",
     "LCM",
     "METHODS",
+    "PCM",
     "PGSB",
     "RFPP",
     "SIM",
+    "TCD",
+    "TSCD",
     "Batch",
+    "CTMConfig",
     "Context",
     "DMD2Config",
     "DMDConfig",
@@ -97,19 +115,26 @@ __all__ = [
     "FlashDMD",
     "FlashDMDConfig",
     "Group",
+    "GuidanceDistillation",
+    "GuidanceDistillationConfig",
     "KDConfig",
     "LADDConfig",
     "LCMConfig",
     "Method",
     "MethodInfo",
+    "PCMConfig",
     "PGSBConfig",
     "PeRFlow",
     "PeRFlowConfig",
     "PhasedDMD",
     "PhasedDMDConfig",
+    "Progressive",
+    "ProgressiveConfig",
     "RFPPConfig",
     "RectifiedFlow",
     "RectifiedFlowConfig",
+    "SCott",
+    "SCottConfig",
     "SIMConfig",
     "ScoreDistillation",
     "ScoreDistillationConfig",
@@ -123,6 +148,8 @@ __all__ = [
     "SlimFlowConfig",
     "SwiftBrush",
     "SwiftBrushConfig",
+    "TCDConfig",
+    "TSCDConfig",
     "TargetNetwork",
     "UniInstruct",
     "UniInstructConfig",

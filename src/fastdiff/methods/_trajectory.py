@@ -44,7 +44,6 @@ class TrajectoryConfig:
     Args:
         guidance_scale: w of the teacher's solver step, 1 means none; the student bakes it in.
         num_ddim_timesteps: points of the solver's grid, a divisor of the teacher's 1000 indices.
-        num_inference_steps: steps the student is meant to be run with.
         loss_type: `huber` with `huber_c`, or `l2`.
         huber_c: width of the quadratic part.
         target_decay: decay of the exponential-average target of full students; 0 takes the live student. LoRA
@@ -53,7 +52,6 @@ class TrajectoryConfig:
 
     guidance_scale: float = 8.0
     num_ddim_timesteps: int = 50
-    num_inference_steps: int = 4
     loss_type: Literal["huber", "l2"] = "huber"
     huber_c: float = 1e-3
     target_decay: float = 0.95
@@ -61,7 +59,6 @@ class TrajectoryConfig:
     def __post_init__(self) -> None:
         check_not_negative(guidance_scale=self.guidance_scale, target_decay=self.target_decay)
         check_positive(num_ddim_timesteps=self.num_ddim_timesteps, huber_c=self.huber_c)
-        check_positive(num_inference_steps=self.num_inference_steps)
         if not self.target_decay < 1:
             raise ValueError(f"target_decay must be in [0, 1), got {self.target_decay}")
 

@@ -5,14 +5,14 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from fastdiff.diffusion.prediction import Prediction
 from fastdiff.diffusion.schedules import NoiseSchedule
+from fastdiff.methods._guidance import GuidanceInput, check_range
 from fastdiff.methods._trajectory import Trajectory, TrajectoryConfig
-from fastdiff.methods.base import Context, MethodInfo
+from fastdiff.methods.base import MethodInfo, check_positive
 from fastdiff.models.denoiser import Denoiser
-from fastdiff.models.embeddings import guidance_embedding, with_guidance_input
 from fastdiff.models.sampler import SamplerSpec, consistency, has_boundary_weights
 
 
@@ -24,19 +24,23 @@ class LCMConfig(TrajectoryConfig):
         guidance_range: draw w per sample from this range and feed it to the student as an embedding
             (full students only; `w_min`, `w_max` of the public scripts are w - 1). None fixes `guidance_scale`.
         num_ddim_timesteps: points of the solver's grid; the sampler must use the same.
+        num_inference_steps: steps the student is meant to be run with.
         timestep_scaling_factor: boundary scaling of c_skip, c_out; LCMScheduler must use the same.
     """
 
     guidance_range: tuple[float, float] | None = None
+    num_inference_steps: int = 4
     timestep_scaling_factor: float = 10.0
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.guidance_range is not None and self.guidance_range[0] > self.guidance_range[1]:
-            raise ValueError(f"guidance_range must be (low, high), got {self.guidance_range}")
+        check_range(self.guidance_range)
+        check_positive(
+            num_inference_steps=self.num_inference_steps, timestep_scaling_factor=self.timestep_scaling_factor
+        )
 
 
-class LCM(Trajectory):
+class LCM(GuidanceInput, Trajectory):
     r"""Makes the student's clean prediction constant along the teacher's guided trajectory.
 
     On the grid t_n = 1000 n / N - 1 with t_0 = 0 (index 0, not the clean end), x_{t_n} noised data,
@@ -61,25 +65,12 @@ class LCM(Trajectory):
     Config = LCMConfig
     config: LCMConfig
 
-    def student_network(self, network: nn.Module) -> nn.Module | None:
-        return None if self.config.guidance_range is None else with_guidance_input(network)
-
-    def sampling_inputs(self, denoiser: Denoiser, batch_size: int, device: torch.device) -> dict[str, Tensor]:
-        if self.config.guidance_range is None:
-            return {}
-        return _embedded(torch.full((batch_size,), self.sampling_guidance, device=device), denoiser)
-
     def sampler(self) -> SamplerSpec:
         config = self.config
         spec = SamplerSpec.lcm_grid(
             config.num_inference_steps, config.num_ddim_timesteps, timestep_scaling=config.timestep_scaling_factor
         )
         return replace(spec, guidance_scale=self.sampling_guidance)
-
-    @property
-    def sampling_guidance(self) -> float:
-        """What a pipeline is called with: 0 where guidance is baked in, the middle of the range where it is an input."""
-        return 0.0 if self.config.guidance_range is None else sum(self.config.guidance_range) / 2
 
     def points(self, schedule: NoiseSchedule, device: torch.device) -> Tensor:
         """The published grid ends at index 0, where the boundary weights are exactly (1, 0)."""
@@ -90,16 +81,5 @@ class LCM(Trajectory):
         """The consistency function."""
         return consistency(prediction, self.config.timestep_scaling_factor)
 
-    def guidance(self, ctx: Context) -> float | Tensor:
-        if self.config.guidance_range is None:
-            return self.config.guidance_scale
-        low, high = self.config.guidance_range
-        return low + (high - low) * ctx.random.uniform("guidance")
-
     def inputs(self, w: float | Tensor, s: Tensor, denoiser: Denoiser) -> dict[str, Tensor]:
-        return {} if self.config.guidance_range is None else _embedded(w, denoiser)
-
-
-def _embedded(w: Tensor, denoiser: Denoiser) -> dict[str, Tensor]:
-    features = denoiser.roles.network("student").config.time_cond_proj_dim
-    return {"timestep_cond": guidance_embedding(w - 1, features)}
+        return self.told(w)

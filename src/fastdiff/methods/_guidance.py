@@ -1,0 +1,55 @@
+"""What methods share that bake guidance into the student: one strength, or a range of them fed as an embedding."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+
+from fastdiff.methods.base import Context, Method
+from fastdiff.models.denoiser import Denoiser
+from fastdiff.models.embeddings import TIME_FEATURES, guidance_embedding, with_guidance_input
+
+
+class GuidanceSettings(Protocol):
+    """The fields that a config needs."""
+
+    guidance_scale: float
+    guidance_range: tuple[float, float] | None
+
+
+class GuidanceInput(Method):
+    """A student of one guidance, or of any in a range, which it is told by the embedding of stock pipelines."""
+
+    config: GuidanceSettings
+
+    def student_network(self, network: nn.Module) -> nn.Module | None:
+        return None if self.config.guidance_range is None else with_guidance_input(network)
+
+    def sampling_inputs(self, denoiser: Denoiser, batch_size: int, device: torch.device) -> dict[str, Tensor]:
+        return self.told(torch.full((batch_size,), self.sampling_guidance, device=device))
+
+    @property
+    def sampling_guidance(self) -> float:
+        """What a pipeline is called with: 0 where guidance is baked in, the middle of the range where it is an input."""
+        return 0.0 if self.config.guidance_range is None else sum(self.config.guidance_range) / 2
+
+    def guidance(self, ctx: Context) -> float | Tensor:
+        """w of the teacher, a number or one a sample."""
+        if self.config.guidance_range is None:
+            return self.config.guidance_scale
+        low, high = self.config.guidance_range
+        return low + (high - low) * ctx.random.uniform("guidance")
+
+    def told(self, w: float | Tensor) -> dict[str, Tensor]:
+        """The network input that says `w`; nothing where it is fixed."""
+        return (
+            {} if self.config.guidance_range is None else {"timestep_cond": guidance_embedding(w - 1, TIME_FEATURES)}
+        )
+
+
+def check_range(guidance_range: tuple[float, float] | None) -> None:
+    """Refuses a range that is none."""
+    if guidance_range is not None and not 0 <= guidance_range[0] <= guidance_range[1]:
+        raise ValueError(f"guidance_range must be (low, high), not negative, got {guidance_range}")

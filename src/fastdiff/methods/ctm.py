@@ -1,0 +1,186 @@
+"""Maps to any end of the trajectory: CTM (Kim et al. 2023, arXiv 2310.02279) and TCD (Zheng et al. 2024, 2402.19159)."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import ClassVar, Literal
+
+import torch
+from torch import Tensor, nn
+
+from fastdiff.diffusion.losses import mse
+from fastdiff.diffusion.prediction import Prediction, prediction_target
+from fastdiff.diffusion.schedules import CLEAN_INDEX
+from fastdiff.diffusion.steps import heun_flow, jump
+from fastdiff.diffusion.tensors import DeviceTable, broadcast_to
+from fastdiff.methods._phased import draw_end
+from fastdiff.methods._trajectory import TARGET, Pair, Place, Trajectory, TrajectoryConfig, grid_points, sub_steps
+from fastdiff.methods.base import Batch, Context, MethodInfo, any_time, check_not_negative, check_positive, time_at
+from fastdiff.methods.tscd import jump_sampler
+from fastdiff.models.denoiser import Denoiser
+from fastdiff.models.embeddings import time_features, with_extra_times
+from fastdiff.models.sampler import SamplerSpec
+
+
+@dataclass(frozen=True)
+class CTMConfig(TrajectoryConfig):
+    """The paper trains in pixels at time 0 by a perceptual distance; the default here compares latents where maps end.
+
+    Args:
+        num_inference_steps: steps the student is meant to be run with.
+        eta: the sampler jumps to (1 - eta) of the next time and adds noise up to it (gamma-sampling); 0 adds none.
+        solver: the teacher's step: `ddim` of first order, `heun` of second order with two calls.
+        solver_steps: steps of the teacher between neighbours of the grid.
+        compare_at: `end` compares both maps where they end; `clean` takes both on to the clean end by the averaged
+            student first, as in the paper (full students with target_decay > 0).
+        denoising_weight: weight of denoising clean data by the map from t to t itself; the paper's is adaptive.
+    """
+
+    num_inference_steps: int = 4
+    eta: float = 0.0
+    solver: Literal["ddim", "heun"] = "ddim"
+    solver_steps: int = 1
+    compare_at: Literal["end", "clean"] = "end"
+    denoising_weight: float = 0.0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_positive(num_inference_steps=self.num_inference_steps, solver_steps=self.solver_steps)
+        check_not_negative(denoising_weight=self.denoising_weight)
+        if not 0 <= self.eta <= 1:
+            raise ValueError(f"eta must be in [0, 1], got {self.eta}")
+        if self.compare_at == "clean" and self.target_decay == 0:
+            raise ValueError(
+                "compare_at clean maps on by an averaged student: give target_decay > 0, or compare_at end"
+            )
+
+
+class CTM(Trajectory):
+    r"""One network jumps from any t to any s <= t, and is told s.
+
+    G(x, t, s) = J(x -> s | g(x, t, s)) with the DDIM step J, so G(x, t, t) = x; with u the grid's next point below t,
+    s ~ U over the indices up to u, x_u the teacher's solution from x_t,
+
+        L = d(G(x_t, t, s), sg G^-(x_u, u, s)) + denoising_weight * mse(g(x_t, t, t), target of the network's kind),
+
+    and with `compare_at` clean both arguments of d are first mapped to the clean end by G^-, with gradient through the
+    left one's input. s = 0 always is consistency distillation. s enters by a zero-initialised layer beside the time
+    embedding, which LoRA files cannot carry and stock pipelines cannot feed: such students are sampled in process.
+    """
+
+    info = MethodInfo(
+        name="ctm",
+        title="Consistency trajectory model (CTM)",
+        family="trajectory",
+        paper="Consistency Trajectory Models: Learning Probability Flow ODE Trajectory of Diffusion",
+        arxiv="2310.02279",
+        needs=("images",),
+        student_kinds=("full",),
+        steps="1-8",
+    )
+    Config = CTMConfig
+    config: CTMConfig
+    tells_end: ClassVar[bool] = True
+
+    def __init__(self, config: CTMConfig) -> None:
+        super().__init__(config)
+        points = grid_points(config.num_ddim_timesteps).tolist()
+        self._steps = DeviceTable(sub_steps(points[1:], points[:-1], config.solver_steps))
+
+    def student_network(self, network: nn.Module) -> nn.Module | None:
+        return with_extra_times(network) if self.tells_end else None
+
+    def step_inputs(self, denoiser: Denoiser, t: Tensor, s: Tensor) -> dict[str, Tensor]:
+        return self.inputs(1.0, s, denoiser)
+
+    def sampler(self) -> SamplerSpec:
+        return dataclasses.replace(
+            jump_sampler(self.config.num_inference_steps, self.config.eta), tells_end=self.tells_end
+        )
+
+    def inputs(self, w: float | Tensor, s: Tensor, denoiser: Denoiser) -> dict[str, Tensor]:
+        return {"timestep_cond": time_features([denoiser.schedule.network_time(s)])} if self.tells_end else {}
+
+    def end(self, number: Tensor, points: Tensor, ctx: Context) -> Tensor:
+        return draw_end(points[0], points[number], ctx.random.uniform("end"))
+
+    def solve(self, x_t: Tensor, place: Place, batch: Batch, ctx: Context, w: float | Tensor) -> Tensor:
+        def predict(x: Tensor, t: Tensor) -> Prediction:
+            return ctx.denoiser(x, t, batch.cond, "teacher", batch.null, w)
+
+        schedule = ctx.denoiser.schedule
+        for start, end in pairwise(self._steps.on(x_t.device)[place.number].unbind(1)):
+            t, s = schedule.time_of_index(start), schedule.time_of_index(end)
+            x_t = jump(predict(x_t, t), s) if self.config.solver == "ddim" else _heun(predict, x_t, t, s, end)
+        return x_t
+
+    def student_loss(self, batch: Batch, ctx: Context) -> Mapping[str, Tensor]:
+        pair = self.pair(batch, ctx)
+        if self.config.compare_at == "clean":
+            student = self._to_clean(pair.student, pair.place, batch, ctx)
+            with torch.no_grad():
+                pair = Pair(student, self._to_clean(pair.target, pair.place, batch, ctx), pair.place)
+        terms = {"consistency": self.distance(pair.student, pair.target)}
+        if self.config.denoising_weight:
+            terms["denoising"] = self.config.denoising_weight * self._denoising(batch, ctx)
+        return terms
+
+    def _to_clean(self, x: Tensor, place: Place, batch: Batch, ctx: Context) -> Tensor:
+        if TARGET not in ctx.denoiser.roles:
+            raise ValueError("compare_at clean needs an averaged student, which a LoRA has not: use compare_at end")
+        schedule = ctx.denoiser.schedule
+        clean = time_at(CLEAN_INDEX, x, schedule)
+        arrived, inputs = place.end == CLEAN_INDEX, self.inputs(1.0, clean, ctx.denoiser)
+        return self.reach_from(x, schedule.time_of_index(place.end), clean, arrived, batch, ctx, TARGET, inputs)
+
+    def _denoising(self, batch: Batch, ctx: Context) -> Tensor:
+        x0, schedule = batch.images(), ctx.denoiser.schedule
+        t, eps = any_time(ctx, "denoising/t"), ctx.random.normal("denoising/eps", batch.latent_shape)
+        x_t = schedule.add_noise(x0, eps, t)
+        prediction = ctx.denoiser(x_t, t, batch.cond, "student", **self.inputs(1.0, t, ctx.denoiser))
+        return mse(prediction.native, prediction_target(prediction.kind, schedule, x0, eps, t))
+
+
+def _heun(predict: Callable[[Tensor, Tensor], Prediction], x: Tensor, t: Tensor, s: Tensor, end: Tensor) -> Tensor:
+    """Heun's step, or the plain jump to the clean end, where no network is evaluated."""
+    first = predict(x, t)
+    lowest = first.schedule.t_min
+    stepped = heun_flow(lambda y, u: first if u is t else predict(y, u.clamp_min(lowest)), x, t, s)
+    return torch.where(broadcast_to(end == CLEAN_INDEX, x), jump(first, s), stepped)
+
+
+@dataclass(frozen=True)
+class TCDConfig(CTMConfig):
+    """As CTM; `eta` is the paper's for four steps.
+
+    Args:
+        eta: the sampler jumps to (1 - eta) of the next time and adds noise up to it (gamma in the paper); pipelines
+            must be called with it, since TCDScheduler's config does not hold it. 0 is served by DDIM.
+    """
+
+    eta: float = 0.3
+
+
+class TCD(CTM):
+    r"""Trajectory consistency distillation: CTM's jumps by a network that is not told where they end.
+
+    Any clean prediction defines a jump to every s, so the optimum is a compromise between ends; in return the student
+    is an ordinary one: it ships as a LoRA and runs with stock TCDScheduler (eta > 0) or DDIMScheduler (eta = 0).
+    """
+
+    info = MethodInfo(
+        name="tcd",
+        title="Trajectory consistency distillation (TCD)",
+        family="trajectory",
+        paper="Trajectory Consistency Distillation",
+        arxiv="2402.19159",
+        needs=("images",),
+        student_kinds=("lora", "full"),
+        steps="1-8",
+    )
+    Config = TCDConfig
+    config: TCDConfig
+    tells_end: ClassVar[bool] = False

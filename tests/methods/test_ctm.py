@@ -1,0 +1,335 @@
+"""CTM (arXiv 2310.02279) and TCD (2402.19159): maps to a told end, both comparisons, solvers, samplers with eta."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from method_helpers import SD, batch_of, context, denoiser_of, f64
+from torch import nn
+from trajectory_helpers import (
+    FLOW,
+    KINDS,
+    LAW,
+    MU,
+    JumpNet,
+    S,
+    coefficients,
+    data,
+    exact_map,
+    gaussian_denoiser,
+    images,
+    levels,
+    orders,
+    settings,
+    student_loss,
+    told,
+)
+
+from fastdiff.diffusion import Prediction, jump
+from fastdiff.engine import Trainer
+from fastdiff.engine.networks import build_networks
+from fastdiff.methods import CTM, LCM, TCD, CTMConfig, LCMConfig, TCDConfig
+from fastdiff.models.analytic import ExactNetwork
+from fastdiff.models.analytic_networks import PointNet
+from fastdiff.models.embeddings import time_features, with_extra_times
+from fastdiff.models.sampler import sample
+from fastdiff.models.teacher import Teacher
+
+SCHEDULES = pytest.mark.parametrize("schedule", [SD, FLOW], ids=["vp", "flow"])
+PLAIN = {"guidance_scale": 1.0, "loss_type": "l2", "target_decay": 0.0, "num_ddim_timesteps": 40}
+
+
+def method(cls=CTM, **config):
+    return cls(cls.Config(**PLAIN | config))
+
+
+def end_draw(points: int, number: int, end: int) -> float:
+    """The uniform draw that ends the map of pair `number` at `end`."""
+    following = 1000 // points * number - 1
+    return (end + 1 + 0.5) / (following + 2)
+
+
+def wide_network(seed: int = 0) -> nn.Module:
+    torch.manual_seed(seed)
+    network = with_extra_times(PointNet(1, 1)).double()
+    nn.init.normal_(network.slot.weight, std=0.1)
+    return network
+
+
+# What the network is told
+
+
+@SCHEDULES
+def test_the_network_is_told_where_its_map_ends(schedule):
+    seen = []
+
+    class Spy(JumpNet):
+        def forward(self, x_t, time, labels, timestep_cond=None):
+            seen.append((self.index(time).tolist(), self.index(told(timestep_cond)).tolist()))
+            return super().forward(x_t, time, labels, timestep_cond)
+
+    denoiser = gaussian_denoiser(schedule, student=Spy(exact_map(schedule), None, schedule))
+    number = torch.tensor([0, 19, 39, 39])
+    u = torch.tensor([0.3, 0.0, end_draw(40, 39, 249), 0.99999])
+    student_loss(method(), denoiser, 4, {"pair": number, "end": u})
+    ends = [-1.0, -1.0, 249.0, 974.0]
+    assert seen[0] == ([24.0, 499.0, 999.0, 999.0], ends)
+    # The first pair's target has arrived: whatever is asked of the network there is not used.
+    assert seen[1] == ([0.0 if schedule is SD else -1.0, 474.0, 974.0, 974.0], ends)
+
+
+def test_a_student_at_step_zero_is_the_teacher_whatever_it_is_told(tiny_sd):
+    wide = method().student_network(tiny_sd.unet)
+    x, t, embeds = torch.randn(2, 4, 16, 16), torch.tensor([10.0, 900.0]), torch.randn(2, 16, 16)
+    with torch.no_grad():
+        plain = tiny_sd.unet(x, t, embeds).sample
+        for end in (-1.0, 500.0):
+            inputs = time_features([torch.full((2,), end)])
+            assert torch.equal(wide(x, t, embeds, timestep_cond=inputs).sample, plain)
+    assert method(TCD).student_network(tiny_sd.unet) is None
+
+
+@SCHEDULES
+@pytest.mark.parametrize("kind", ["epsilon", "flow"])
+def test_a_map_to_where_it_starts_is_its_input(schedule, kind):
+    denoiser = denoiser_of(PointNet(1, 1), schedule, kind, student=wide_network())
+    ctm, x, t = method(), data(3), schedule.time_of_index(torch.tensor([24, 249, 749]))
+    prediction = denoiser(x, t, batch_of(3, 1).cond, "student", **ctm.inputs(1.0, t, denoiser))
+    torch.testing.assert_close(ctm.reach(prediction, t), x, rtol=0, atol=1e-12)
+
+
+# Limits
+
+
+def loss_and_gradients(one, schedule, network, draws=None, **roles):
+    kind = KINDS[schedule]
+    denoiser = denoiser_of(ExactNetwork(LAW, schedule, kind), schedule, kind, student=network, **roles)
+    loss = student_loss(one, denoiser, 16, draws)["consistency"]
+    grads = torch.autograd.grad(loss, list(network.parameters()), allow_unused=True)
+    return [loss.detach(), *(g for g in grads if g is not None)]
+
+
+def same(a, b) -> bool:
+    return all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
+
+
+class AlwaysToldClean(nn.Module):
+    """A widened network as one that is not told: the clean end, always."""
+
+    def __init__(self, network: nn.Module) -> None:
+        super().__init__()
+        self.network = network
+
+    def forward(self, x_t, time, labels):
+        return self.network(x_t, time, labels, timestep_cond=time_features([torch.zeros_like(time)]))
+
+
+@pytest.mark.parametrize("loss_type", ["huber", "l2"])
+def test_ends_at_the_clean_end_make_it_consistency_distillation(loss_type):
+    """On a flow, where LCM is plain consistency distillation to the clean end."""
+    ends, common = {"end": torch.zeros(16)}, {"loss_type": loss_type}
+    ctm = loss_and_gradients(method(**common), FLOW, wide_network(), ends)
+    lcm = loss_and_gradients(LCM(LCMConfig(**PLAIN | common)), FLOW, AlwaysToldClean(wide_network()), ends)
+    assert same(ctm, lcm)
+    assert not same(loss_and_gradients(method(**common), FLOW, wide_network()), lcm)
+
+
+def test_to_compare_at_the_clean_end_changes_nothing_for_maps_that_end_there():
+    average, ends = wide_network(3), {"end": torch.zeros(16)}
+    clean = method(compare_at="clean", target_decay=0.9)
+    there = method(compare_at="end", target_decay=0.9)
+    draws = [loss_and_gradients(one, FLOW, wide_network(), ends, target=average) for one in (clean, there)]
+    assert same(*draws)
+    draws = [loss_and_gradients(one, FLOW, wide_network(), None, target=average) for one in (clean, there)]
+    assert not same(*draws)
+
+
+# The exact map
+
+
+@pytest.mark.parametrize(("solver", "order"), [("ddim", 2), ("heun", 3)])
+@pytest.mark.parametrize("compare_at", ["end", "clean"])
+def test_order_of_the_residual_of_the_exact_map(solver, order, compare_at):
+    found = []
+    for points in (10, 20, 40):
+        number = 8 * points // 10 - 1
+        draws = {
+            "pair": torch.full((64,), number),
+            "end": torch.full((64,), end_draw(points, number, 299)),
+        }
+        net = JumpNet(exact_map(FLOW), None, FLOW)
+        denoiser = gaussian_denoiser(FLOW, student=net, target=net)
+        one = method(num_ddim_timesteps=points, solver=solver, compare_at=compare_at, target_decay=0.9)
+        found.append(student_loss(one, denoiser, 64, draws)["consistency"].item())
+    assert orders(found)[-1] == pytest.approx(order, abs=0.15), orders(found)
+
+
+def test_error_falls_with_the_teachers_sub_steps():
+    found = []
+    for steps in (1, 2, 4):
+        number = torch.full((64,), 7)
+        draws = {"pair": number, "end": torch.full((64,), end_draw(10, 7, 299))}
+        denoiser = gaussian_denoiser(FLOW, student=JumpNet(exact_map(FLOW), None, FLOW))
+        one = method(num_ddim_timesteps=10, solver_steps=steps)
+        found.append(student_loss(one, denoiser, 64, draws)["consistency"].item())
+    assert orders(found)[-1] == pytest.approx(1, abs=0.1), orders(found)
+
+
+def test_heun_jumps_to_the_clean_end_where_no_network_is_asked():
+    asked = []
+
+    class Teacher_(ExactNetwork):
+        def forward(self, x_t, time, labels):
+            asked.append(time.tolist())
+            return super().forward(x_t, time, labels)
+
+    denoiser = denoiser_of(Teacher_(LAW, SD, "epsilon"), student=JumpNet(exact_map()))
+    batch, place = (
+        batch_of(2, 1, data(2)),
+        method().place(context(denoiser, 2, {"pair": torch.tensor([0, 20])}), "cpu"),
+    )
+    ctx = context(denoiser, 2)
+    with torch.no_grad():
+        heun, ddim = (
+            method(solver=solver).solve(batch.latents, place, batch, ctx, 1.0) for solver in ("heun", "ddim")
+        )
+    assert torch.equal(heun[0], ddim[0]) and not torch.equal(heun[1], ddim[1])
+    assert asked == [[24.0, 524.0], [0.0, 499.0], [24.0, 524.0]]
+
+
+def test_the_denoiser_is_the_map_from_a_time_to_itself():
+    """g(x, t, t) is the denoiser: its loss is the law's own, and no other network's is lower."""
+    ctm = method(denoising_weight=2.0)
+    draws = {"denoising/t": torch.arange(16) * 60 + 20}
+    net = JumpNet(exact_map())
+    at_best = student_loss(ctm, gaussian_denoiser(student=net), 16, draws)["denoising"]
+    teacher = ExactNetwork(LAW, SD, "epsilon")
+    denoiser, batch = gaussian_denoiser(student=net), batch_of(16, 1, data(16))
+    ctx = context(denoiser, 16, draws)
+    t, eps = draws["denoising/t"].float(), ctx.random.normal("denoising/eps", (1, 1, 1))
+    by_hand = (teacher(SD.add_noise(batch.latents, eps, t), t, None) - eps).square().mean()
+    assert at_best.item() == pytest.approx(2 * by_hand.item(), rel=1e-9)
+    assert "denoising" not in student_loss(method(), gaussian_denoiser(student=net), 16)
+
+
+# Gradients
+
+
+def test_gradient_passes_through_the_averaged_map_but_not_into_it():
+    average, network = wide_network(3), wide_network()
+    denoiser = denoiser_of(ExactNetwork(LAW, SD, "epsilon"), student=network, target=average)
+    loss = student_loss(method(compare_at="clean", target_decay=0.9), denoiser, 16)["consistency"]
+    loss.backward(inputs=denoiser.roles.parameters("student"))
+    assert network.leave.weight.grad.abs().max() > 0 and network.slot.weight.grad.abs().max() > 0
+    assert all(p.grad is None for p in average.parameters())
+    with pytest.raises(ValueError, match="compare_at end"):
+        student_loss(method(TCD, compare_at="clean", target_decay=0.9), gaussian_denoiser(student=PointNet(1, 1)), 4)
+
+
+# Sampling
+
+
+@pytest.mark.parametrize("eta", [0.0, 0.3, 1.0])
+@pytest.mark.parametrize("steps", [1, 2, 4])
+def test_exact_maps_keep_the_law_at_any_eta(eta, steps):
+    """Covariances are propagated through the affine sampler: no draws, no tolerance for luck."""
+    spec = method(num_inference_steps=steps, eta=eta).sampler()
+    net, ctm = JumpNet(exact_map()), method()
+    denoiser = gaussian_denoiser(student=net)
+    (at, st), last = levels(999), 0 if eta else -1
+    scale, law_sd = (at**2 * S + st**2).sqrt(), (levels(last)[0] ** 2 * S + levels(last)[1] ** 2).sqrt()
+
+    def make(z, draws):
+        def predict(x, t, s):
+            cond = batch_of(len(x), 1).cond
+            return denoiser(x, t, cond, "student", **ctm.step_inputs(denoiser, t, s))
+
+        return sample(spec, predict, at * MU + scale * z, lambda k: draws[k], SD)
+
+    slope, noise, constant = coefficients(make, steps - 1)
+    assert constant == pytest.approx((levels(last)[0] * MU).item(), abs=1e-9)
+    assert (slope**2 + sum(b * b for b in noise)) ** 0.5 == pytest.approx(law_sd.item(), abs=1e-9)
+    assert (max(map(abs, noise), default=0) > 0.01) == (eta > 0 and steps > 1)
+
+
+def test_samplers_of_told_students_have_no_stock_scheduler_and_the_others_have():
+    config = {"num_train_timesteps": 1000, "beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
+    with pytest.raises(ValueError, match=r"where each step ends.*tcd"):
+        method(eta=0.3).sampler().build_scheduler(config, "epsilon")
+    stock = TCD(TCDConfig()).sampler().build_scheduler(config, "epsilon")
+    assert type(stock).__name__ == "TCDScheduler" and TCD(TCDConfig()).sampler().eta == 0.3
+    stock.set_timesteps(4)
+    assert stock.timesteps.tolist() == [999, 749, 499, 249]
+    assert type(method(TCD, eta=0.0).sampler().build_scheduler(config, "epsilon")).__name__ == "DDIMScheduler"
+
+
+def test_stock_tcd_keeps_the_law_with_the_map_of_each_end():
+    """One step: the jump from 999 to index 0 by the network of that end."""
+    spec = method(TCD, num_inference_steps=1, eta=0.3).sampler()
+    config = {"num_train_timesteps": 1000, "beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
+    scheduler = spec.build_scheduler(config, "epsilon")
+    scheduler.set_timesteps(1)
+    net = JumpNet(exact_map(), lambda index: torch.zeros_like(index))
+    x = torch.linspace(-2, 2, 5, dtype=torch.float64)[:, None, None, None]
+    t = scheduler.timesteps[0]
+    found = scheduler.step(net(x, t.expand(5), None), t, x, eta=0.3).prev_sample
+    expected = exact_map()(x[:, 0, 0], torch.full((5, 1), 999.0), torch.zeros(5, 1))
+    torch.testing.assert_close(found[:, 0, 0], expected, rtol=0, atol=1e-5)
+
+
+# Refusals and the engine
+
+
+@pytest.mark.parametrize(
+    ("config", "named"),
+    [
+        ({"eta": -0.1}, "eta"),
+        ({"solver_steps": 0}, "solver_steps"),
+        ({"solver_steps": 30}, "30 steps do not fit"),
+        ({"compare_at": "clean"}, "target_decay"),
+        ({"denoising_weight": -1.0}, "denoising_weight"),
+    ],
+)
+def test_bad_settings_are_named(config, named):
+    with pytest.raises(ValueError, match=named):
+        method(**config)
+
+
+def test_an_adapter_cannot_be_told(tiny_sd, tmp_path):
+    with pytest.raises(ValueError, match="full"):
+        build_networks(method(), Teacher(tiny_sd), settings(tmp_path, student="lora"))
+    assert CTM(CTMConfig()).info.student_kinds == ("full",)
+
+
+def test_a_full_student_trains_and_learns_to_listen(tiny_sd, tmp_path):
+    ctm = CTM(CTMConfig(guidance_scale=2.0, compare_at="clean", denoising_weight=0.1))
+    trainer = Trainer(ctm, Teacher(tiny_sd), images(), settings(tmp_path, student="full"))
+    for batches in trainer.batches.steps(0):
+        trainer.train_step(batches)
+        if trainer.step == 2:
+            break
+    own = dict(trainer.networks.roles.named_parameters("student"))
+    assert own["time_embedding.cond_proj.weight"].abs().max() > 0
+    assert all(p.grad is None for p in trainer.networks.roles.base.parameters())
+    assert all(p.grad is None for p in trainer.networks.parameters("target"))
+
+
+def test_told_ends_read_back_from_features():
+    for dtype in (torch.float32, torch.float64):
+        ends = torch.tensor([-1.0, 0.0, 249.0, 999.0], dtype=dtype)
+        assert told(time_features([ends])).tolist() == pytest.approx(ends.tolist(), abs=1e-3)
+
+
+def test_a_jump_depends_strongly_on_its_end():
+    """Unit variance, centred, t = 999: the coefficient of g(x, t, s) falls from .973 at s = 0 to .070 at s = 990."""
+    golden = {0: 0.973, 250: 0.547, 500: 0.315, 750: 0.154, 990: 0.070}
+    net = JumpNet(exact_map(SD, 0.0, 1.0))
+    x = f64([[[[0.0]]], [[[1.0]]]])
+    for end, value in golden.items():
+        inputs = time_features([torch.full((2,), float(end))])
+        out = net(x, torch.full((2,), 999.0), None, timestep_cond=inputs)
+        x0 = Prediction(out, "epsilon", x, torch.full((2,), 999.0), SD).x0
+        assert (x0[1] - x0[0]).item() == pytest.approx(value, abs=2e-3)
+        target = torch.full((2,), float(end))
+        moved = jump(Prediction.from_x0(x0, x, torch.full((2,), 999.0), SD), target)
+        assert (moved[1] - moved[0]).item() == pytest.approx(1.0, abs=1e-9)  # a VP process keeps unit variance
