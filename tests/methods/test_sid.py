@@ -6,6 +6,7 @@ import copy
 
 import pytest
 import torch
+from adversarial_cases import frozen_weights, tiny_trainer
 from identity_helpers import ALPHA, SIGMA, scalar_gradient
 from method_helpers import (
     SD,
@@ -26,9 +27,11 @@ from torch.nn.functional import softplus
 from fastdiff.data.source import PromptData
 from fastdiff.diffusion import FlowSchedule, Gaussian
 from fastdiff.engine import Settings, Trainer
-from fastdiff.methods import SIM, SiD, SiDA, SiDAConfig, SiDConfig, SiDLSG, SiDLSGConfig, SIMConfig
+from fastdiff.methods import SIM, Batch, SiD, SiDA, SiDAConfig, SiDConfig, SiDLSG, SiDLSGConfig, SIMConfig
+from fastdiff.methods._prompts import without_prompts
 from fastdiff.models.analytic import AnalyticTeacher, ExactNetwork
 from fastdiff.models.analytic_networks import AffinePerBin, PointNet
+from fastdiff.models.conditioning import Conditioning
 
 MU, NULL_MU, COV = f64([0.7, -0.4]), f64([0.1, 0.3]), f64([[0.64, 0.2], [0.2, 0.5]])
 A, B = f64([[1.1, 0.3], [-0.2, 0.8]]), f64([-0.2, 0.5])
@@ -388,8 +391,6 @@ def test_logits_are_bounded_for_the_student():
 
 
 def tiny_setup(unet, checkpointing):
-    from fastdiff.methods import Batch
-    from fastdiff.models.conditioning import Conditioning
     from fastdiff.models.denoiser import Denoiser
     from fastdiff.models.families import StableDiffusion
     from fastdiff.models.roles import AdapterSpec, Roles
@@ -431,6 +432,33 @@ def test_checkpointing_changes_no_gradient_of_the_twice_differentiated_scores(ti
         assert max(gradient.abs().max() for gradient in found[0][name]) > 0
         for one, other in zip(found[0][name], found[1][name], strict=True):
             torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-6 * found[0][name][0].abs().max().item() + 1e-7)
+
+
+def test_adapters_on_one_base_train_and_leave_the_teacher_as_it_was(tmp_path, tiny_sdxl):
+    method = SiDA(SiDAConfig(guidance_scale=2.0, prompt_dropout=0.5))
+    before = frozen_weights(tiny_sdxl)
+    trainer = tiny_trainer(method, tiny_sdxl, tmp_path, max_train_steps=2, gradient_checkpointing=True)
+    old = {role: [p.detach().clone() for p in trainer.networks.roles.parameters(role)] for role in trainer.optimizers}
+    assert set(old) == {"student", "fake_score"}
+    assert trainer.train() == "done"
+    for role, parameters in old.items():
+        assert max((a - b).abs().max() for a, b in zip(trainer.networks.roles.parameters(role), parameters)) > 0
+    after = frozen_weights(tiny_sdxl)
+    assert before.keys() <= after.keys() and all(torch.equal(before[name], after[name]) for name in before)
+
+
+def test_a_dropped_prompt_is_the_null_row_in_every_tensor():
+    generator = torch.Generator().manual_seed(0)
+
+    def bundle(rows):
+        shapes = {"prompt_embeds": (5, 8), "pooled_prompt_embeds": (8,), "time_ids": (6,)}
+        return Conditioning({name: torch.randn(rows, *shape, generator=generator) for name, shape in shapes.items()})
+
+    batch = Batch(torch.arange(3), bundle(3), bundle(1), (4, 2, 2))
+    dropped = without_prompts(batch, torch.tensor([True, False, True]))
+    for name, tensor in dropped.cond.tensors.items():
+        null, cond = batch.null.tensors[name][0], batch.cond.tensors[name]
+        torch.testing.assert_close(tensor, torch.stack([null, cond[1], null]), rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("method", [sid(), SiDLSG(SiDLSGConfig()), SIM(SIMConfig())], ids=lambda m: m.info.name)
