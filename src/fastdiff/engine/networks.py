@@ -86,7 +86,8 @@ def _specs(method: Method, teacher: TeacherLike, settings: Settings) -> dict[str
 
 
 def _student_spec(method: Method, teacher: TeacherLike, settings: Settings) -> AdapterSpec | FullSpec:
-    widened = method.student_network(teacher.network)
+    # A closed form has no weights to widen: its students start from a small network.
+    widened = method.student_network(teacher.network if teacher.adaptable else teacher.new_network())
     if widened is None:
         return _spec(settings.student, settings.lora_rank, teacher, settings)
     if settings.student == "lora":
