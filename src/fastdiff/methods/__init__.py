@@ -17,6 +17,7 @@ from fastdiff.methods.guidance_distillation import GuidanceDistillation, Guidanc
 from fastdiff.methods.kd import KD, KDConfig
 from fastdiff.methods.ladd import LADD, LADDConfig
 from fastdiff.methods.lcm import LCM, LCMConfig
+from fastdiff.methods.lightning import Lightning, LightningConfig
 from fastdiff.methods.pcm import PCM, PCMConfig
 from fastdiff.methods.perflow import PeRFlow, PeRFlowConfig
 from fastdiff.methods.pg_sb import PGSB, PGSBConfig
@@ -65,6 +66,7 @@ METHODS: tuple[type[Method], ...] = (
     SlimFlow,
     PeRFlow,
     SCM,
+    Lightning,
 )
 
 
@@ -84,8 +86,6 @@ def method_named(name: str) -> type[Method]:
 
 
 __all__ = [
-    "SCM",
-    "SCMConfig",
     "CTM",
     "DMD",
     "DMD2",
@@ -96,6 +96,7 @@ __all__ = [
     "PCM",
     "PGSB",
     "RFPP",
+    "SCM",
     "SIM",
     "TCD",
     "TSCD",
@@ -120,6 +121,8 @@ __all__ = [
     "KDConfig",
     "LADDConfig",
     "LCMConfig",
+    "Lightning",
+    "LightningConfig",
     "Method",
     "MethodInfo",
     "PCMConfig",
@@ -133,6 +136,7 @@ __all__ = [
     "RFPPConfig",
     "RectifiedFlow",
     "RectifiedFlowConfig",
+    "SCMConfig",
     "SCott",
     "SCottConfig",
     "SIMConfig",
