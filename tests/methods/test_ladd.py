@@ -84,22 +84,53 @@ def test_the_log_ratio_is_the_optimal_logit_of_softplus_losses_only(loss, statio
     assert (heads.coefficients.grad.abs().max().item() < 1e-3) == stationary
 
 
+MU, COV = f64([0.7, -0.4]), f64([[0.64, 0.2], [0.2, 0.5]])
+
+
+def gaussian_student():
+    student = AffineGenerator(f64([[0.9, 0.2], [-0.1, 0.8]]), f64([0.3, 0.1]))
+    teacher = ExactNetwork(Gaussian(MU, COV), SD, "epsilon")
+    return student, teacher, denoiser_of(teacher, student=student)
+
+
+def distance(student):
+    return max((student.b - MU).abs().max(), (student.A @ student.A.T - COV).abs().max()).item()
+
+
 @pytest.mark.slow
 def test_converges_to_the_teachers_law_with_optimal_heads():
-    torch.manual_seed(0)
-    mu, cov = f64([0.7, -0.4]), f64([[0.64, 0.2], [0.2, 0.5]])
-    student = AffineGenerator(f64([[0.9, 0.2], [-0.1, 0.8]]), f64([0.3, 0.1]))
-    teacher = ExactNetwork(Gaussian(mu, cov), SD, "epsilon")
-    denoiser = denoiser_of(teacher, student=student)
-    heads = {"discriminator": OracleHeads(teacher, student)}
-    steps = 400
+    student, teacher, denoiser = gaussian_student()
+    heads, steps = {"discriminator": OracleHeads(teacher, student)}, 150
     optimizer = torch.optim.Adam(student.parameters(), lr=3e-2)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
     one = method(noise_mean=0.0, update_rule="every", student_update_every=1)
     one.updates = lambda step: [one_update for one_update in LADD.updates(one, step) if one_update.name == "student"]
     run(one, denoiser, {"student": optimizer}, batch_of(64, 2), steps, lambda step: schedule.step(), heads)
-    assert (student.b - mu).abs().max() < 1e-3
-    assert (student.A @ student.A.T - cov).abs().max() < 1e-3
+    assert distance(student) < 1e-2
+
+
+@pytest.mark.slow
+def test_converges_with_heads_that_learn():
+    """Heads on the exact teacher's features; the law is found to a few percent (closer with more steps)."""
+    torch.manual_seed(0)
+    student, _teacher, denoiser = gaussian_student()
+    one = method(gan_loss="softplus", noise_mean=0.0, update_rule="every", student_update_every=2)
+    heads, steps = one.modules(denoiser), 160
+    own = torch.optim.Adam(student.parameters(), lr=2e-2, betas=(0.0, 0.99))
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(own, steps)
+    others = torch.optim.Adam(heads["discriminator"].parameters(), lr=3e-3, betas=(0.0, 0.99))
+    start = distance(student)
+    for step in range(steps):
+        ctx = context(denoiser, 96, step=step, modules=heads)
+        batch = batch_of(96, 2, Gaussian(MU, COV).sample(ctx.random.normal("data", (2, 1, 1)).double()))
+        for update in one.updates(step):
+            optimizer = own if update.name == "student" else others
+            trained = optimizer.param_groups[0]["params"]
+            sum(update.loss(batch, ctx).values()).backward(inputs=trained)
+            optimizer.step()
+            optimizer.zero_grad()
+        schedule.step()
+    assert start > 0.4 and distance(student) < 0.15
 
 
 # The student's inputs

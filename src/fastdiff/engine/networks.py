@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import nn
@@ -68,6 +68,10 @@ def _specs(method: Method, teacher: TeacherLike, settings: Settings) -> dict[str
         elif group in method.critics:
             rank = settings.fake_score_lora_rank or settings.lora_rank
             specs[group] = _spec(settings.fake_score, rank, teacher, settings)
+    for group in specs.keys() & set(method.critics):
+        own = method.critic_network(teacher.network) if isinstance(specs[group], FullSpec) else None
+        if own is not None:
+            specs[group] = replace(specs[group], module=own)
     for target in method.targets():
         full = isinstance(specs[target.source], FullSpec)
         if target.role in specs:
@@ -92,8 +96,8 @@ def _student_spec(method: Method, teacher: TeacherLike, settings: Settings) -> A
         return _spec(settings.student, settings.lora_rank, teacher, settings)
     if settings.student == "lora":
         raise ValueError(
-            f"{method.info.name} with a guidance embedding gives the network a new input, which a LoRA cannot carry: "
-            "train a full student, or fix guidance_scale"
+            f"{method.info.name} with these settings changes the network itself (a new input, or another size), which a "
+            "LoRA cannot carry: train a full student (--student full), or leave guidance_range and sizes alone"
         )
     return FullSpec(widened)
 
