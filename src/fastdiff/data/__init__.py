@@ -6,7 +6,7 @@ from fastdiff.data.opening import DataKind, UnsuitableDataError, open_images, op
 from fastdiff.data.prompts import PromptFileError, read_prompts
 from fastdiff.data.rejects import Reject, RejectedImage, Rejects, TooManyRejects
 from fastdiff.data.sampler import EpochPermutation, StepBatches, Visit, global_positions
-from fastdiff.data.source import CachedData, ImageTextData, PromptData, TrainingData
+from fastdiff.data.source import CachedData, ChosenData, ImageTextData, PromptData, TrainingData
 from fastdiff.data.transform import ImageTransform
 
 __all__ = [
@@ -17,6 +17,7 @@ __all__ = [
     "CacheRecord",
     "CacheWriter",
     "CachedData",
+    "ChosenData",
     "DataKind",
     "EpochPermutation",
     "ImageExample",

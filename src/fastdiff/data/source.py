@@ -29,6 +29,10 @@ class TrainingData(Protocol):
 
     def collate(self, items: list[dict[str, Any]]) -> dict[str, Any]: ...
 
+    def caption(self, index: int) -> str:
+        """The prompt alone, without reading what belongs to it."""
+        ...
+
 
 class PromptData:
     """Prompts only. Item: {prompt}. Raises ValueError when there are none."""
@@ -48,6 +52,10 @@ class PromptData:
     def collate(self, items: list[dict[str, Any]]) -> dict[str, Any]:
         """{prompt: list of B strings}."""
         return _collate(items)
+
+    def caption(self, index: int) -> str:
+        """The prompt."""
+        return self.prompts[index]
 
 
 class ImageTextData:
@@ -85,6 +93,10 @@ class ImageTextData:
         kept = [{name: value for name, value in item.items() if name != "rejected"} for item in items]
         return {**_collate(kept), "rejected": rejected}
 
+    def caption(self, index: int) -> str:
+        """The caption of the image, which is not read."""
+        return self.images.caption(index)
+
     def _readable(self, item: int) -> tuple[ImageExample, list[Reject]]:
         rejected: list[Reject] = []
         for ahead in range(min(_TRIES, len(self))):
@@ -114,6 +126,33 @@ class CachedData:
         """{prompt: list of B strings, each field: (B, *shape)}."""
         return _collate(items)
 
+    def caption(self, index: int) -> str:
+        """The caption."""
+        return self.reader.caption(index)
+
+
+class ChosenData:
+    """Some samples of other data, by their numbers. Raises ValueError when there are none."""
+
+    def __init__(self, data: TrainingData, items: Sequence[int]):
+        if not len(items):
+            raise ValueError(f"none of the {len(data)} samples is left to train on")
+        self.data = data
+        self.items = items
+        self.rejects = data.rejects
+        self.collate = data.collate
+
+    def __len__(self) -> int:
+        return len(self.items)
+
+    def __getitem__(self, index: int | Visit) -> dict[str, Any]:
+        visit = _visit(index)
+        return self.data[Visit(self.items[visit.item], visit.epoch)]
+
+    def caption(self, index: int) -> str:
+        """The prompt."""
+        return self.data.caption(self.items[index])
+
 
 class Captions(Sequence):
     """The captions of an image source as prompts; no image is decoded."""
@@ -137,4 +176,4 @@ def _collate(items: list[dict[str, Any]]) -> dict[str, Any]:
     return default_collate(items)
 
 
-__all__ = ["CachedData", "Captions", "ImageTextData", "PromptData", "TrainingData"]
+__all__ = ["CachedData", "ChosenData", "Captions", "ImageTextData", "PromptData", "TrainingData"]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -10,14 +10,36 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from fastdiff.data.sampler import EpochPermutation, StepBatches
-from fastdiff.data.source import TrainingData
+from fastdiff.data.source import ChosenData, TrainingData
 from fastdiff.diffusion.randomness import Randomness
 from fastdiff.engine.settings import Settings
-from fastdiff.methods import Batch
+from fastdiff.methods import Batch, Method
 from fastdiff.models.conditioning import Conditioning
 from fastdiff.models.teacher import TeacherLike
 
 _MEMORY_ROWS = 20_000
+
+
+def chosen_data(method: Method, data: TrainingData, teacher: TeacherLike, settings: Settings) -> TrainingData:
+    """What of the data a method trains on: all of it, or the samples it chooses by their prompts."""
+    resolution = settings.resolution or teacher.default_resolution
+    items = method.choose(_Captions(data), lambda prompts: teacher.encode(prompts, resolution))
+    return data if items is None else ChosenData(data, items)
+
+
+class _Captions(Sequence):
+    """The prompts of data, one at a time."""
+
+    def __init__(self, data: TrainingData) -> None:
+        self.data = data
+
+    def __len__(self) -> int:
+        return len(self.data)
+
+    def __getitem__(self, index: int) -> str:
+        if index >= len(self):
+            raise IndexError(index)
+        return self.data.caption(index)
 
 
 class Batches:

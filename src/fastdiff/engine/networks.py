@@ -68,7 +68,7 @@ def _specs(method: Method, teacher: TeacherLike, settings: Settings) -> dict[str
         elif group in method.critics:
             rank = settings.fake_score_lora_rank or settings.lora_rank
             specs[group] = _spec(settings.fake_score, rank, teacher, settings)
-    for group in specs.keys() & set(method.critics):
+    for group in [name for name in specs if name in method.critics]:
         own = method.critic_network(teacher.network) if isinstance(specs[group], FullSpec) else None
         if own is not None:
             specs[group] = replace(specs[group], module=own)

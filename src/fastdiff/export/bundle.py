@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
+from safetensors.torch import save_file
 from torch import Tensor
 
 from fastdiff.diffusion.prediction import Prediction
@@ -48,6 +49,7 @@ class ExportOptions:
         tolerance: largest load-back error; None allows 1e-5, and what rounding needs where weights are in half precision.
         license, repo_id, datasets, prompt: as in `write_card`.
         grid: a picture to show on the card.
+        beside: further files of tensors, by name, such as a router.
     """
 
     pipeline: bool = True
@@ -60,6 +62,7 @@ class ExportOptions:
     datasets: Sequence[str] = ()
     prompt: str = "a photo of a cat"
     grid: Path | None = None
+    beside: Mapping[str, Mapping[str, Tensor]] = dataclasses.field(default_factory=dict)
 
 
 def export_student(
@@ -113,6 +116,8 @@ def export_student(
         report = LoadBackReport(tuple(checks)).require_ok()
         record = dataclasses.replace(record, load_back=report.to_dict())
         write_record(aside, record)
+        for name, tensors in options.beside.items():
+            save_file({key: tensor.contiguous() for key, tensor in tensors.items()}, aside / f"{name}.safetensors")
         if options.grid is not None:
             shutil.copyfile(options.grid, aside / GRID_FILE)
         write_card(

@@ -145,6 +145,7 @@ def _options(trainer: Trainer, recipe: Recipe, pipeline: bool) -> export.ExportO
     return export.ExportOptions(
         pipeline=pipeline and set(trainer.method.experts()) == {"student"},
         license=license,
+        beside=trainer.method.export_files(),
         repo_id=hub.hub_model_id or Path(recipe.values["output_dir"]).name,
     )
 

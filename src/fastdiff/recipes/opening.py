@@ -5,13 +5,12 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import nn
 
-from fastdiff.data import ImageTransform, PromptData, TrainingData, open_training_data
-from fastdiff.engine import Settings
+from fastdiff.data import ChosenData, ImageTransform, PromptData, TrainingData, open_training_data
+from fastdiff.engine import Settings, chosen_data
 from fastdiff.methods import Method
 from fastdiff.models.teacher import Teacher, TeacherLike
 from fastdiff.recipes.errors import RecipeError
@@ -50,6 +49,8 @@ def prepare(teacher: Teacher, options: TeacherOptions, mixed_precision: str) -> 
         if mixed_precision == "no":
             raise RecipeError("cast_teacher_unet casts to the type of mixed_precision; give --mixed_precision bf16")
         teacher.network.to(torch.bfloat16)
+    if options.offload_encoders:
+        teacher.offload_encoders()
     if options.enable_xformers_memory_efficient_attention:
         _use_xformers(teacher.network)
     return teacher
@@ -84,25 +85,11 @@ def open_data(
         data = _open_path(source, options, method, teacher, settings)
     else:
         data = PromptData(list(source)) if isinstance(source, list | tuple) else source
-    return data if options.max_train_samples is None else FirstSamples(data, options.max_train_samples)
-
-
-class FirstSamples:
-    """The first `count` samples of other data."""
-
-    def __init__(self, data: TrainingData, count: int) -> None:
-        if count < 1:
-            raise RecipeError(f"max_train_samples must be at least 1, got {count}")
-        self.data = data
-        self.rejects = data.rejects
-        self.collate = data.collate
-        self.count = min(count, len(data))
-
-    def __len__(self) -> int:
-        return self.count
-
-    def __getitem__(self, index: Any) -> dict[str, Any]:
-        return self.data[index]
+    if options.max_train_samples is not None:
+        if options.max_train_samples < 1:
+            raise RecipeError(f"max_train_samples must be at least 1, got {options.max_train_samples}")
+        data = ChosenData(data, range(min(options.max_train_samples, len(data))))
+    return chosen_data(method, data, teacher, settings)
 
 
 def _open_path(
