@@ -7,14 +7,14 @@ import math
 
 import pytest
 import torch
+from flow_map_helpers import Latents, sd_batch, settings
 from method_helpers import SD, batch_of, context, denoiser_of, f64, spatial
 from torch import nn
 
 from fastdiff.diffusion import FlowSchedule, Gaussian, Prediction, Terminal, TrigSchedule, jump
 from fastdiff.diffusion.losses import mse
-from fastdiff.engine import Settings, Trainer
+from fastdiff.engine import Trainer
 from fastdiff.engine.networks import build_networks
-from fastdiff.methods import Batch
 from fastdiff.methods._continuous import log_normal_time, trig_velocity
 from fastdiff.methods.scm import SCM, SCMConfig, tangent
 from fastdiff.models.analytic import AnalyticTeacher, ExactNetwork, pretrain
@@ -178,17 +178,6 @@ def test_bad_settings_are_named(bad):
 # On diffusers' UNet, and through the engine
 
 
-def settings(**changes) -> Settings:
-    return Settings(**{"train_batch_size": 2, "lora_rank": 2, "report_to": "none"} | changes)
-
-
-def sd_batch() -> Batch:
-    generator = torch.Generator().manual_seed(0)
-    embeds = torch.randn(3, 16, 16, generator=generator)
-    cond, null = Conditioning({"prompt_embeds": embeds[:2]}), Conditioning({"prompt_embeds": embeds[2:]})
-    return Batch(torch.arange(2), cond, null, (4, 16, 16), torch.randn(2, 4, 16, 16, generator=generator))
-
-
 @pytest.mark.parametrize("student", ["lora", "full"])
 def test_an_untrained_student_moves_off_the_guided_teacher_and_only_it_gets_gradients(tiny_sd, student):
     scm = method(guidance_scale=3.0, time_mean=0.0)
@@ -205,24 +194,6 @@ def test_an_untrained_student_moves_off_the_guided_teacher_and_only_it_gets_grad
     # Unguided, the student is the teacher: during the first warm-up step nothing moves at all.
     still = method(tangent_warmup=10).student_loss(batch, context(denoiser, 2))["consistency"]
     assert still < 1e-8
-
-
-class Latents:
-    """Data in memory."""
-
-    def __init__(self, latents: torch.Tensor) -> None:
-        from fastdiff.data.rejects import Rejects
-
-        self.latents, self.rejects = latents, Rejects(len(latents), source="memory")
-
-    def __len__(self) -> int:
-        return len(self.latents)
-
-    def __getitem__(self, visit):
-        return {"prompt": "a sample", "latents": self.latents[getattr(visit, "item", visit)]}
-
-    def collate(self, items):
-        return {"prompt": [item["prompt"] for item in items], "latents": torch.stack([i["latents"] for i in items])}
 
 
 def gaussian_run(tmp_path, scm: SCM, steps: int, pretraining: int, **changes):

@@ -18,6 +18,7 @@ from fastdiff.methods.kd import KD, KDConfig
 from fastdiff.methods.ladd import LADD, LADDConfig
 from fastdiff.methods.lcm import LCM, LCMConfig
 from fastdiff.methods.lightning import Lightning, LightningConfig
+from fastdiff.methods.meanflow import MeanFlow, MeanFlowConfig
 from fastdiff.methods.pcm import PCM, PCMConfig
 from fastdiff.methods.perflow import PeRFlow, PeRFlowConfig
 from fastdiff.methods.pg_sb import PGSB, PGSBConfig
@@ -67,6 +68,7 @@ METHODS: tuple[type[Method], ...] = (
     PeRFlow,
     SCM,
     Lightning,
+    MeanFlow,
 )
 
 
@@ -86,6 +88,8 @@ def method_named(name: str) -> type[Method]:
 
 
 __all__ = [
+    "MeanFlow",
+    "MeanFlowConfig",
     "CTM",
     "DMD",
     "DMD2",
