@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 
 from fastdiff.methods.base import Batch, Context, Group, Method, MethodInfo, TargetNetwork, Update
+from fastdiff.methods.boot import BOOT, BOOTConfig
 from fastdiff.methods.ctm import CTM, TCD, CTMConfig, TCDConfig
 from fastdiff.methods.decoupled_dmd import DecoupledDMD, DecoupledDMDConfig
 from fastdiff.methods.diff_instruct import DiffInstruct, DiffInstructConfig
@@ -69,6 +70,7 @@ METHODS: tuple[type[Method], ...] = (
     SCM,
     Lightning,
     MeanFlow,
+    BOOT,
 )
 
 
@@ -88,6 +90,8 @@ def method_named(name: str) -> type[Method]:
 
 
 __all__ = [
+    "BOOT",
+    "BOOTConfig",
     "MeanFlow",
     "MeanFlowConfig",
     "CTM",
