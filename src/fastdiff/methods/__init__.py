@@ -14,6 +14,7 @@ from fastdiff.methods.dmd import DMD, DMDConfig
 from fastdiff.methods.dmd2 import DMD2, DMD2Config
 from fastdiff.methods.f_distill import FDistill, FDistillConfig
 from fastdiff.methods.flash_dmd import FlashDMD, FlashDMDConfig
+from fastdiff.methods.freeflow import FreeFlow, FreeFlowConfig
 from fastdiff.methods.guidance_distillation import GuidanceDistillation, GuidanceDistillationConfig
 from fastdiff.methods.kd import KD, KDConfig
 from fastdiff.methods.ladd import LADD, LADDConfig
@@ -71,6 +72,7 @@ METHODS: tuple[type[Method], ...] = (
     Lightning,
     MeanFlow,
     BOOT,
+    FreeFlow,
 )
 
 
@@ -90,6 +92,8 @@ def method_named(name: str) -> type[Method]:
 
 
 __all__ = [
+    "FreeFlow",
+    "FreeFlowConfig",
     "BOOT",
     "BOOTConfig",
     "MeanFlow",
