@@ -79,11 +79,14 @@ def prove_export(trainer: Trainer, recipe: Recipe) -> None:
 
 def trained_student(trainer: Trainer) -> export.Student:
     """The student as the export room wants it."""
-    roles = trainer.networks.roles
+    roles, sampler, network = trainer.networks.roles, trainer.method.sampler(), trainer.networks.roles.network("student")
+    told = trainer.method.sampling_inputs(trainer.networks.denoiser, 1, trainer.device).get("timestep_cond")
+    if told is not None and sampler.guidance_scale <= 1:  # above it, the input is the guidance that pipelines embed
+        network = with_fixed_input(network, told)
     return export.Student(
         pipeline=trainer.teacher.pipeline,
-        network=roles.network("student"),
-        sampler=trainer.method.sampler(),
+        network=network,
+        sampler=sampler,
         adapters={"student": 1.0} if roles.is_adapter("student") else {},
         component=trainer.teacher.family.network_name,
     )
