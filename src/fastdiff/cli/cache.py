@@ -17,7 +17,7 @@ def main(arguments: list[str]) -> int:
     parser = Parser("cache", "Encodes images and prompts; the same command goes on where it was stopped.")
     teacher_options = options_of("recipes.options", "TeacherOptions")
     data_options = options_of("recipes.options", "DataOptions")
-    unused = ("init_from", "cast_teacher_unet", "enable_xformers_memory_efficient_attention")
+    unused = ("init_from", "cast_teacher_unet", "offload_encoders", "enable_xformers_memory_efficient_attention")
     teacher_options = tuple(option for option in teacher_options if option.name not in unused)
     for options in (teacher_options, data_options):
         add_options(parser, options, ALIASES)

@@ -11,7 +11,7 @@ from fastdiff.recipes.errors import RecipeError
 from fastdiff.recipes.options import ALIASES
 
 HELP = "sample the teacher once, for methods that train on pairs of noise and sample"
-_UNUSED = ("init_from", "cast_teacher_unet", "enable_xformers_memory_efficient_attention")
+_UNUSED = ("init_from", "cast_teacher_unet", "offload_encoders", "enable_xformers_memory_efficient_attention")
 
 
 def main(arguments: list[str]) -> int:

@@ -62,12 +62,17 @@ class Previews:
         cond = trainer.teacher.encode(self.prompts, trainer.batches.resolution).to(trainer.device)
         if self._teacher_row is None:
             spec = SamplerSpec.trailing("ddim", self.teacher_steps, trainer.networks.denoiser.schedule.indices - 1)
-            self._teacher_row = trainer.teacher.decode(sample_role(trainer, cond, spec, "teacher"))
+            self._teacher_row = _decoded(trainer, sample_role(trainer, cond, spec, "teacher"))
         with trainer.student.evaluated():
             latents = sample_role(trainer, cond, trainer.method.sampler())
-        with torch.no_grad():
-            rows = [self._teacher_row, trainer.teacher.decode(latents)]
+        rows = [self._teacher_row, _decoded(trainer, latents)]
         write_grid(trainer.folder / "previews" / f"{label}.png", rows)
+
+
+@torch.no_grad()
+def _decoded(trainer: Trainer, latents: Tensor) -> Tensor:
+    """Images, one at a time: a decoder at 1024 pixels needs gigabytes for each, which would be the peak of the run."""
+    return torch.cat([trainer.teacher.decode(latent[None]) for latent in latents])
 
 
 def write_grid(path: Path, rows: Sequence[Tensor], scale_to: int = 64) -> None:

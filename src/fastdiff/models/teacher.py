@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -69,8 +70,9 @@ class Teacher:
         self.family = family_of(type(pipeline).__name__)
         self.network: nn.Module = getattr(pipeline, self.family.network_name).requires_grad_(False).eval()
         self.schedule = schedule_from_config(pipeline.scheduler.config)
-        self.prediction_type = _prediction_type(pipeline.scheduler.config)
+        self.prediction_type = prediction_type_of(pipeline.scheduler.config)
         self.codec = Codec(pipeline.vae)
+        self._home: torch.device | None = None
 
     @classmethod
     def from_pretrained(
@@ -105,15 +107,23 @@ class Teacher:
         pipeline.set_progress_bar_config(disable=True)
         return cls(pipeline.to(device), source, revision)
 
+    def offload_encoders(self) -> None:
+        """From now on text encoders and autoencoder rest on the CPU, and are moved to the network's device to work."""
+        self._home = torch.device("cpu")
+        for part in (*self._text_encoders, self.pipeline.vae):
+            part.to(self._home)
+
     @torch.no_grad()
     def encode(self, prompts: Sequence[str], resolution: int) -> Conditioning:
         """Conditioning of `B` prompts."""
-        return self.family.encode_prompts(self.pipeline, prompts, resolution)
+        with self._at_work(*self._text_encoders):
+            return self.family.encode_prompts(self.pipeline, prompts, resolution)
 
     @torch.no_grad()
     def null(self, resolution: int) -> Conditioning:
         """The unconditional row of this teacher."""
-        return self.family.null(self.pipeline, resolution)
+        with self._at_work(*self._text_encoders):
+            return self.family.null(self.pipeline, resolution)
 
     @property
     def default_resolution(self) -> int:
@@ -135,11 +145,32 @@ class Teacher:
 
     def encode_images(self, images: Tensor, noise: Tensor | None = None) -> Tensor:
         """Images in [-1, 1] to latents."""
-        return self.codec.encode(images, noise)
+        with self._at_work(self.pipeline.vae):
+            return self.codec.encode(images, noise)
 
     def decode(self, latents: Tensor) -> Tensor:
         """Latents to images in [-1, 1]."""
-        return self.codec.decode(latents)
+        with self._at_work(self.pipeline.vae, stays=torch.is_grad_enabled() and latents.requires_grad):
+            return self.codec.decode(latents)
+
+    @property
+    def _text_encoders(self) -> list[nn.Module]:
+        return [part for name, part in self.pipeline.components.items() if name.startswith("text_encoder") and part]
+
+    @contextlib.contextmanager
+    def _at_work(self, *parts: nn.Module, stays: bool = False) -> Iterator[None]:
+        """Inside, offloaded parts are beside the network; what backward will need stays there."""
+        if self._home is None:
+            yield
+            return
+        device = next(iter(self.network.state_dict().values())).device
+        for part in parts:
+            part.to(device)
+        try:
+            yield
+        finally:
+            for part in () if stays else parts:
+                part.to(self._home)
 
     def new_network(self) -> nn.Module:
         """A copy of the teacher's network with the same weights, for full students and critics."""
@@ -167,7 +198,8 @@ def fingerprint(network: nn.Module) -> str:
     return digest.hexdigest()[:16]
 
 
-def _prediction_type(config: Mapping[str, Any]) -> str:
+def prediction_type_of(config: Mapping[str, Any]) -> str:
+    """What a network predicts, as its scheduler's config says."""
     if str(config.get("_class_name", "")).startswith("FlowMatch"):
         return "flow"
     return config.get("prediction_type", "epsilon")

@@ -18,6 +18,7 @@ class TeacherOptions:
         teacher_config: folder with the configs of a single-file teacher, needed offline.
         pretrained_vae_model_name_or_path: another autoencoder for the teacher, folder or Hub id.
         cast_teacher_unet: store frozen weights in the type of mixed_precision (half the memory of the base).
+        offload_encoders: keep text encoders and autoencoder on the CPU, and move them to the device for their work only.
         enable_xformers_memory_efficient_attention: use xformers if it can be imported, else warn and go on.
         init_from: start from an earlier student: its folder, or a checkpoint of its run.
     """
@@ -29,6 +30,7 @@ class TeacherOptions:
     teacher_config: str | None = None
     pretrained_vae_model_name_or_path: str | None = None
     cast_teacher_unet: bool = False
+    offload_encoders: bool = False
     enable_xformers_memory_efficient_attention: bool = False
     init_from: str | None = None
 
