@@ -33,13 +33,13 @@ class StateMemory:
 
 
 def state_memory(networks: Networks, optimizers: Mapping[str, GroupOptimizer]) -> StateMemory:
-    """Counts the tensors of a run; Adam keeps two values of the parameter's type, 8-bit Adam one byte each."""
+    """Counts the tensors of a run."""
     trained = [parameter for optimizer in optimizers.values() for parameter in optimizer.parameters]
     known = {id(parameter) for parameter in trained}
     frozen = [parameter for parameter in networks.roles.base.parameters() if id(parameter) not in known]
-    eight_bit = any("8bit" in type(optimizer.optimizer).__name__ for optimizer in optimizers.values())
-    states = 2 * (sum(parameter.numel() for parameter in trained) if eight_bit else _bytes(trained))
-    return StateMemory(_bytes(frozen), _bytes(trained), _bytes(trained), states)
+    gradients = sum(_bytes(optimizer.parameters) for optimizer in optimizers.values() if not optimizer.in_backward)
+    states = sum(optimizer.state_bytes for optimizer in optimizers.values())
+    return StateMemory(_bytes(frozen), _bytes(trained), gradients, states)
 
 
 def peak_memory(device: torch.device) -> int:

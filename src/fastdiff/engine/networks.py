@@ -67,12 +67,18 @@ def _specs(method: Method, teacher: TeacherLike, settings: Settings) -> dict[str
             specs[group] = _student_spec(method, teacher, settings)
         elif group in method.critics:
             rank = settings.fake_score_lora_rank or settings.lora_rank
-            specs[group] = _spec(settings.fake_score, rank, teacher, settings)
+            dtype = torch.bfloat16 if settings.fake_score_dtype == "bf16" else torch.float32
+            specs[group] = _spec(settings.fake_score, rank, teacher, settings, dtype)
     for group in [name for name in specs if name in method.critics]:
         own = method.critic_network(teacher.network) if isinstance(specs[group], FullSpec) else None
         if own is not None:
             specs[group] = replace(specs[group], module=own)
     for target in method.targets():
+        if settings.fake_score_dtype == "bf16" and {target.role, target.source} & set(method.critics):
+            raise ValueError(
+                f"{method.info.name} averages the weights of {target.role} and {target.source}, and bfloat16 is too "
+                "coarse for an average: leave out fake_score_dtype"
+            )
         full = isinstance(specs[target.source], FullSpec)
         if target.role in specs:
             if not (full and isinstance(specs[target.role], FullSpec)):
@@ -102,13 +108,15 @@ def _student_spec(method: Method, teacher: TeacherLike, settings: Settings) -> A
     return FullSpec(widened)
 
 
-def _spec(kind: RoleKind, rank: int, teacher: TeacherLike, settings: Settings) -> AdapterSpec | FullSpec:
+def _spec(
+    kind: RoleKind, rank: int, teacher: TeacherLike, settings: Settings, dtype: torch.dtype = torch.float32
+) -> AdapterSpec | FullSpec:
     if not teacher.adaptable and kind == "lora":
         raise ValueError("this teacher is a closed form and takes no adapters: set student and fake_score to 'full'")
     if kind == "lora":
         targets = settings.lora_target_modules or teacher.family.lora_targets
         return AdapterSpec(rank, settings.lora_alpha or rank, tuple(targets))
-    return FullSpec(teacher.new_network())
+    return FullSpec(teacher.new_network(), dtype)
 
 
 def _device(network: nn.Module) -> torch.device:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from fastdiff.engine.distributed import average_gradients
+from fastdiff.engine.low_precision import LowPrecisionAdamW
 from fastdiff.engine.settings import Settings
 from fastdiff.methods import Group
 
@@ -17,17 +20,49 @@ class GroupOptimizer:
 
     A step whose gradients are not finite is skipped on the device (fused Adam's `found_inf`), so that the weights
     survive until the deferred metrics read reports it.
+
+    Args:
+        name: of the group.
+        parameters: what it trains; bfloat16 ones get `LowPrecisionAdamW`.
+        group: learning rate and betas, where they are not the run's.
+        settings: the run's.
+        in_backward: step each parameter inside backward, as soon as its gradient is whole, and drop the gradient. The
+            norm of all gradients is not known then, so each tensor's own norm is clipped to `max_grad_norm` instead,
+            and every micro-batch is a step.
     """
 
-    def __init__(self, name: str, parameters: Sequence[nn.Parameter], group: Group, settings: Settings) -> None:
+    def __init__(
+        self,
+        name: str,
+        parameters: Sequence[nn.Parameter],
+        group: Group,
+        settings: Settings,
+        in_backward: bool = False,
+    ) -> None:
         self.name = name
         self.parameters = list(parameters)
         self.max_grad_norm = settings.max_grad_norm
-        self.optimizer = _adam(self.parameters, group, settings)
+        self.optimizer = _adam(name, self.parameters, group, settings, in_backward)
         self.schedule = _schedule(self.optimizer, settings)
+        self.in_backward = in_backward
+        self._norms: list[Tensor] = []
+        if in_backward:
+            for parameter in self.parameters:
+                parameter.register_post_accumulate_grad_hook(self._step_one)
+
+    @property
+    def state_bytes(self) -> int:
+        """What the optimizer keeps between steps, once it has stepped."""
+        if "8bit" in type(self.optimizer).__name__ or isinstance(self.optimizer, LowPrecisionAdamW):
+            return 2 * sum(parameter.numel() for parameter in self.parameters)
+        return 2 * sum(parameter.numel() * parameter.element_size() for parameter in self.parameters)
 
     def step(self) -> Tensor:
         """Clips, steps and clears the gradients; returns the norm before clipping."""
+        if self.in_backward:
+            norm = torch.nn.utils.get_total_norm(self._norms)
+            self._norms.clear()
+            return norm
         gradients = [parameter.grad for parameter in self.parameters if parameter.grad is not None]
         norm = torch.nn.utils.get_total_norm(gradients)
         torch.nn.utils.clip_grads_with_norm_(self.parameters, self.max_grad_norm, norm)
@@ -35,6 +70,22 @@ class GroupOptimizer:
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         return norm
+
+    def _step_one(self, parameter: nn.Parameter) -> None:
+        average_gradients([parameter])
+        norm = torch.linalg.vector_norm(parameter.grad, dtype=torch.float32)
+        torch.nn.utils.clip_grads_with_norm_([parameter], self.max_grad_norm, norm)
+        self.optimizer.step_one(parameter, (~norm.isfinite()).float())
+        parameter.grad = None
+        self._norms.append(norm)
+
+    def make_state(self) -> None:
+        """Takes a step with zero gradients, so that states exist; for planning, not for training."""
+        for parameter in self.parameters:
+            parameter.grad = torch.zeros_like(parameter)
+            if self.in_backward:
+                self._step_one(parameter)
+        self.step()
 
     def end_step(self) -> None:
         """Advances the learning rate; schedules count the run's steps, also those in which the group rests."""
@@ -51,17 +102,30 @@ class GroupOptimizer:
         }
 
     def state_json(self) -> dict[str, Any]:
-        """What is not a tensor: the schedule's position."""
-        return {"schedule": {"last_epoch": self.schedule.last_epoch}}
+        """What is not a tensor: the schedule's position, and the optimizer's kind and counts."""
+        state = {"schedule": {"last_epoch": self.schedule.last_epoch}, "optimizer": type(self.optimizer).__name__}
+        return state | ({"counts": self.optimizer.counts} if isinstance(self.optimizer, LowPrecisionAdamW) else {})
 
     def load_state(self, tensors: dict[str, Tensor], values: dict[str, Any]) -> None:
-        """Restores `state_tensors` and `state_json`."""
+        """Restores `state_tensors` and `state_json`.
+
+        Raises:
+            ValueError: if they are of another kind of optimizer.
+        """
+        if values["optimizer"] != type(self.optimizer).__name__:
+            raise ValueError(
+                f"the checkpoint's {self.name} was trained with {values['optimizer']}, this run has "
+                f"{type(self.optimizer).__name__}: their states differ. Resume with the recipe.yaml beside the "
+                "checkpoint (and the same packages), or start a new run with --init_from."
+            )
         state: dict[int, dict[str, Tensor]] = {}
         for name, tensor in tensors.items():
             index, key = name.split(".", 1)
             state.setdefault(int(index), {})[key] = tensor
         groups = self.optimizer.state_dict()["param_groups"]
         self.optimizer.load_state_dict({"state": state, "param_groups": groups})
+        if isinstance(self.optimizer, LowPrecisionAdamW):
+            self.optimizer.counts = list(values["counts"])
         self._seek(values["schedule"]["last_epoch"])
 
     def _seek(self, step: int) -> None:
@@ -86,17 +150,21 @@ def _schedule(optimizer: torch.optim.Optimizer, settings: Settings) -> torch.opt
     )
 
 
-def _adam(parameters: list[nn.Parameter], group: Group, settings: Settings) -> torch.optim.Optimizer:
+def _adam(
+    name: str, parameters: list[nn.Parameter], group: Group, settings: Settings, in_backward: bool
+) -> torch.optim.Optimizer:
     options = {
         "lr": settings.learning_rate if group.learning_rate is None else group.learning_rate,
         "betas": group.betas or (settings.adam_beta1, settings.adam_beta2),
         "weight_decay": settings.adam_weight_decay,
         "eps": settings.adam_epsilon,
     }
-    if not settings.use_8bit_adam:
+    low = in_backward or any(parameter.dtype == torch.bfloat16 for parameter in parameters)
+    if not low and not settings.use_8bit_adam:
         return torch.optim.AdamW(parameters, fused=True, **options)
-    try:
+    # bitsandbytes' kernels are faster, but round bfloat16 weights to nearest, which loses small updates.
+    if not low and importlib.util.find_spec("bitsandbytes"):
         import bitsandbytes
-    except ImportError as error:
-        raise ValueError("use_8bit_adam needs bitsandbytes: pip install 'fastdiff-diffusers[8bit]'") from error
-    return bitsandbytes.optim.AdamW8bit(parameters, **options)
+
+        return bitsandbytes.optim.AdamW8bit(parameters, **options)
+    return LowPrecisionAdamW(parameters, seed=settings.seed, name=name, **options)

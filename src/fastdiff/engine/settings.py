@@ -35,6 +35,12 @@ class Settings:
 
     student: RoleKind = setting("lora", "train low-rank adapters on the teacher, or a full copy")
     fake_score: RoleKind = setting("lora", "the same choice for the fake score and other critics")
+    fake_score_dtype: Literal["fp32", "bf16"] = setting(
+        "fp32", "storage of full critics; bf16 means stochastic rounding and 8-bit Adam: 4 bytes a weight, not 16"
+    )
+    fake_score_in_backward: bool = setting(
+        False, "full critics step inside backward: no stored gradients, one step a micro-batch, clipped by tensor"
+    )
     lora_rank: int = setting(64, "rank of the student's adapter")
     lora_alpha: float | None = setting(None, "alpha of all adapters; the rank if not given")
     fake_score_lora_rank: int | None = setting(None, "rank of the critics' adapters; the student's if not given")
@@ -53,7 +59,7 @@ class Settings:
     adam_beta2: float = setting(0.999, "Adam beta 2")
     adam_weight_decay: float = setting(1e-2, "decoupled weight decay")
     adam_epsilon: float = setting(1e-8, "Adam epsilon")
-    use_8bit_adam: bool = setting(False, "optimizer states in 8 bits (needs bitsandbytes)")
+    use_8bit_adam: bool = setting(False, "optimizer states in 8 bits (by bitsandbytes where it is installed)")
     max_grad_norm: float = setting(10.0, "gradient clipping norm of each group")
     ema_decay: float | None = setting(None, "decay of the evaluated average of the student; none if not given")
 
@@ -83,6 +89,13 @@ class Settings:
             _check(name, getattr(self, name), "a finite number of at least 0", lambda value: 0 <= value < float("inf"))
         for name in _FRACTIONS:
             _check(name, getattr(self, name), "in [0, 1)", lambda value: value is None or 0 <= value < 1)
+        if self.fake_score == "lora" and (self.fake_score_dtype != "fp32" or self.fake_score_in_backward):
+            raise ValueError(
+                "fake_score_dtype and fake_score_in_backward are for full critics: adapters are small and stay "
+                "float32. Give fake_score full, or leave them out"
+            )
+        if self.fake_score_dtype == "bf16" and self.mixed_precision != "bf16":
+            raise ValueError("fake_score_dtype bf16 computes in bf16 as well: give mixed_precision bf16")
 
 
 _POSITIVE = (

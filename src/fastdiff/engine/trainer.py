@@ -75,7 +75,13 @@ class Trainer:
         self.networks: Networks = build_networks(method, teacher, settings, self.scorer)
         groups = method.groups()
         self.optimizers = {
-            name: GroupOptimizer(name, self.networks.parameters(name), group, settings)
+            name: GroupOptimizer(
+                name,
+                self.networks.parameters(name),
+                group,
+                settings,
+                in_backward=settings.fake_score_in_backward and name in method.critics,
+            )
             for name, group in groups.items()
         }
         self.student = StudentWeights(self.networks, settings.ema_decay)
