@@ -17,12 +17,15 @@ from method_helpers import (
     run,
 )
 from torch import nn
+from trajectory_helpers import FLOW, JumpNet
+from trajectory_helpers import product_map as flow_product
 
 from fastdiff.data.rejects import Rejects
-from fastdiff.diffusion import Gaussian, Prediction, jump, lcm_grid
+from fastdiff.diffusion import FlowSchedule, Gaussian, Prediction, jump, lcm_grid
 from fastdiff.engine import Settings, Trainer
 from fastdiff.engine.networks import build_networks
 from fastdiff.methods import LCM, LCMConfig
+from fastdiff.methods._trajectory import grid_points
 from fastdiff.models.analytic import AnalyticTeacher, ExactNetwork
 from fastdiff.models.conditioning import Conditioning
 from fastdiff.models.denoiser import Denoiser
@@ -223,6 +226,49 @@ def test_an_affine_student_per_grid_time_learns_the_product_map():
     assert slope == pytest.approx(0.5927684864612562, abs=1e-9)
     assert ((f[1] - f[0]) / 3).item() == pytest.approx(slope, abs=1e-6)
     assert f[1].item() == pytest.approx(offset + slope * (2 - centre), abs=1e-6)
+
+
+# Flow matching
+
+
+def test_on_a_flow_the_map_is_the_clean_prediction_down_to_the_clean_end():
+    points, schedule = 40, FLOW
+    seen, rows = [], 4 * points
+
+    class Optimum(JumpNet):
+        def forward(self, x_t, time, labels):
+            seen.append(time)
+            return super().forward(x_t, time, labels)
+
+    student = Optimum(
+        flow_product(grid_points(points).tolist(), schedule), lambda i: torch.full_like(i, -1.0), schedule
+    )
+    teacher = ExactNetwork(LAW, schedule, "flow")
+    denoiser = denoiser_of(teacher, schedule, "flow", student=student)
+    ctx = context(denoiser, rows, {"pair": torch.arange(points).repeat(4)})
+    one = method(num_ddim_timesteps=points)
+    # Times are rounded to float32, which moves the grid by 1e-8.
+    assert one.student_loss(batch_of(rows, 1, data(rows)), ctx)["consistency"] < 1e-13
+    torch.testing.assert_close(seen[0][:3], torch.tensor([25.0, 50.0, 75.0]))
+    torch.testing.assert_close(seen[1][:3], torch.tensor([0.0, 25.0, 50.0]))
+    scheduler = one.sampler().build_scheduler({"_class_name": "FlowMatchEulerDiscreteScheduler"}, "flow")
+    scheduler.set_timesteps(4)
+    assert scheduler.timesteps.tolist() == [1000.0, 750.0, 500.0, 250.0] and scheduler.config.stochastic_sampling
+
+
+def test_a_shifted_flow_shifts_the_grid():
+    shifted, seen = FlowSchedule(3.0), []
+
+    class Spy(ExactNetwork):
+        def forward(self, x_t, time, labels):
+            seen.append(time)
+            return super().forward(x_t, time, labels)
+
+    denoiser = denoiser_of(ExactNetwork(LAW, shifted, "flow"), shifted, "flow", student=Spy(LAW, shifted, "flow"))
+    ctx = context(denoiser, 2, {"pair": torch.tensor([0, 19])})
+    method(num_ddim_timesteps=40).student_loss(batch_of(2, 1, data(2)), ctx)
+    u = torch.tensor([0.025, 0.5])
+    torch.testing.assert_close(seen[0], 1000 * 3 * u / (1 + 2 * u))
 
 
 # Guidance input

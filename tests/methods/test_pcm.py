@@ -124,6 +124,22 @@ def test_exact_phase_maps_compose_to_the_whole_map_in_stock_ddim(steps, tmp_path
     torch.testing.assert_close(x[:, 0, 0], expected, rtol=0, atol=1e-5)
 
 
+@pytest.mark.parametrize("steps", [1, 2, 4, 8])
+def test_exact_phase_maps_compose_in_the_stock_scheduler_of_flows(steps):
+    scheduler = (
+        method(num_phases=steps)
+        .sampler()
+        .build_scheduler({"_class_name": "FlowMatchEulerDiscreteScheduler", "shift": 1.0}, "flow")
+    )
+    scheduler.set_timesteps(steps)
+    network = JumpNet(exact_map(FLOW), edges(steps), FLOW)
+    x = start = torch.linspace(-2, 2, 9, dtype=torch.float64)[:, None, None, None]
+    for t in scheduler.timesteps:
+        x = scheduler.step(network(x, t.expand(9), None), t, x).prev_sample.double()
+    expected = exact_map(FLOW)(start[:, 0, 0], torch.full((9, 1), 999.0), torch.full((9, 1), -1.0))
+    torch.testing.assert_close(x[:, 0, 0], expected, rtol=0, atol=1e-5)
+
+
 # Identities
 
 
