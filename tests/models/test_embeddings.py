@@ -11,7 +11,13 @@ from torch import nn
 from fastdiff.models.analytic import AnalyticFamily
 from fastdiff.models.analytic_networks import AffinePerBin, PointNet, ResidualNet
 from fastdiff.models.conditioning import Conditioning
-from fastdiff.models.embeddings import guidance_embedding, time_features, with_extra_times, with_guidance_input
+from fastdiff.models.embeddings import (
+    guidance_embedding,
+    time_features,
+    with_extra_times,
+    with_fixed_input,
+    with_guidance_input,
+)
 from fastdiff.models.families import StableDiffusion, StableDiffusionXL
 
 
@@ -93,3 +99,21 @@ def test_networks_without_a_slot_are_refused(tiny_sd):
         with_extra_times(AffinePerBin(1, (0.0, 999.0)))
     with pytest.raises(ValueError, match="already takes 256"):
         with_extra_times(with_guidance_input(tiny_sd.unet))
+
+
+@pytest.mark.parametrize("kind", ["sd", "sdxl"])
+def test_an_input_that_never_changes_becomes_a_bias(kind, request):
+    torch.manual_seed(0)
+    pipeline = request.getfixturevalue(f"tiny_{kind}")
+    network, family, cond, shape = (stable_diffusion if kind == "sd" else stable_diffusion_xl)(pipeline)
+    wide = with_extra_times(network)
+    nn.init.normal_(slot_of(wide).weight, std=0.3)
+    features, before = time_features([torch.tensor([-1.0])]), {k: v.clone() for k, v in wide.state_dict().items()}
+    plain = with_fixed_input(wide, features)
+    x, t = torch.randn(2, *shape), torch.tensor([3.0, 900.0])
+    with torch.no_grad():
+        told = family.call(wide, x, t, cond, timestep_cond=features.expand(2, -1))
+        torch.testing.assert_close(family.call(plain, x, t, cond), told, rtol=1e-4, atol=1e-5)
+        assert not torch.allclose(family.call(wide, x, t, cond), told, atol=1e-3)
+    assert plain.config.time_cond_proj_dim is None
+    assert all(torch.equal(before[name], value) for name, value in wide.state_dict().items())

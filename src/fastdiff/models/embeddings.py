@@ -80,3 +80,22 @@ def _widened(network: nn.Module, dim: int, what: str) -> nn.Module:
         raise ValueError(f"weights do not fit the widened network: missing {missing}, unexpected {unexpected}")
     nn.init.zeros_(copy.time_embedding.cond_proj.weight)
     return copy
+
+
+def with_fixed_input(network: nn.Module, features: Tensor) -> nn.Module:
+    """A plain copy of a widened UNet that does what the network does when it is always told the same `features` `(1, n)`.
+
+    The slot adds `cond_proj(features)` to what enters the time embedding's first layer: a constant becomes part of
+    that layer's bias, so that stock pipelines need not know of the input.
+    """
+    config = {key: value for key, value in dict(network.config).items() if not key.startswith("_")}
+    state = dict(network.state_dict())
+    slot, layer = state.pop("time_embedding.cond_proj.weight"), "time_embedding.linear_1"
+    with torch.no_grad():
+        told = slot.double() @ features[0].to(slot.device, torch.float64)
+        shift = state[f"{layer}.weight"].double() @ told
+        state[f"{layer}.bias"] = (state[f"{layer}.bias"].double() + shift).to(slot.dtype)
+    with torch.device("meta"):
+        plain = type(network).from_config(config | {"time_cond_proj_dim": None})
+    plain.load_state_dict(state, strict=True, assign=True)
+    return plain.requires_grad_(False).eval()

@@ -19,6 +19,7 @@ from fastdiff.engine import Trainer
 from fastdiff.engine.previews import sample_role, write_grid
 from fastdiff.models.conditioning import Conditioning
 from fastdiff.models.denoiser import Denoiser
+from fastdiff.models.embeddings import with_fixed_input
 from fastdiff.models.teacher import Teacher
 from fastdiff.recipes.options import HubOptions
 from fastdiff.recipes.recipe import Recipe
@@ -79,7 +80,11 @@ def prove_export(trainer: Trainer, recipe: Recipe) -> None:
 
 def trained_student(trainer: Trainer) -> export.Student:
     """The student as the export room wants it."""
-    roles, sampler, network = trainer.networks.roles, trainer.method.sampler(), trainer.networks.roles.network("student")
+    roles, sampler, network = (
+        trainer.networks.roles,
+        trainer.method.sampler(),
+        trainer.networks.roles.network("student"),
+    )
     told = trainer.method.sampling_inputs(trainer.networks.denoiser, 1, trainer.device).get("timestep_cond")
     if told is not None and sampler.guidance_scale <= 1:  # above it, the input is the guidance that pipelines embed
         network = with_fixed_input(network, told)
