@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 
+from fastdiff.methods.apex import APEX, APEXConfig
 from fastdiff.methods.base import Batch, Context, Group, Method, MethodInfo, TargetNetwork, Update
 from fastdiff.methods.boot import BOOT, BOOTConfig
 from fastdiff.methods.ctm import CTM, TCD, CTMConfig, TCDConfig
@@ -21,6 +22,7 @@ from fastdiff.methods.ladd import LADD, LADDConfig
 from fastdiff.methods.lcm import LCM, LCMConfig
 from fastdiff.methods.lightning import Lightning, LightningConfig
 from fastdiff.methods.meanflow import MeanFlow, MeanFlowConfig
+from fastdiff.methods.msd import MSD, MSDConfig
 from fastdiff.methods.pcm import PCM, PCMConfig
 from fastdiff.methods.perflow import PeRFlow, PeRFlowConfig
 from fastdiff.methods.pg_sb import PGSB, PGSBConfig
@@ -30,6 +32,7 @@ from fastdiff.methods.rectified_flow import RectifiedFlow, RectifiedFlowConfig
 from fastdiff.methods.rfpp import RFPP, RFPPConfig
 from fastdiff.methods.scm import SCM, SCMConfig
 from fastdiff.methods.score_distillation import ScoreDistillation, ScoreDistillationConfig
+from fastdiff.methods.score_matching import ScoreMatching, ScoreMatchingConfig
 from fastdiff.methods.scott import SCott, SCottConfig
 from fastdiff.methods.sid import SIM, SiD, SiDA, SiDAConfig, SiDConfig, SiDLSG, SiDLSGConfig, SIMConfig
 from fastdiff.methods.slimflow import SlimFlow, SlimFlowConfig
@@ -73,6 +76,9 @@ METHODS: tuple[type[Method], ...] = (
     MeanFlow,
     BOOT,
     FreeFlow,
+    MSD,
+    ScoreMatching,
+    APEX,
 )
 
 
@@ -92,6 +98,12 @@ def method_named(name: str) -> type[Method]:
 
 
 __all__ = [
+    "APEX",
+    "APEXConfig",
+    "ScoreMatching",
+    "ScoreMatchingConfig",
+    "MSD",
+    "MSDConfig",
     "FreeFlow",
     "FreeFlowConfig",
     "BOOT",
