@@ -44,7 +44,7 @@ def test_recipe_builds_its_method(path):
     built = method(method.Config(**{k: recipe.values[k] for k in method.Config.__dataclass_fields__}))
     assert settings.student in method.info.student_kinds
     assert settings.output_dir.startswith("runs/")
-    assert len(built.sampler()) in (1, 4)
+    assert len(built.sampler()) in (1, 4, 25, 50)  # the last two replace guidance alone
     assert path.stem.startswith(recipe.method)
 
 

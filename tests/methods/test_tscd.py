@@ -140,6 +140,7 @@ def test_each_stage_has_its_own_sampler():
         ({"num_segments": 3}, "num_segments 3"),
         ({"score_weight": 1.0}, "num_segments 1"),
         ({"eta": 2.0}, "eta"),
+        ({"num_segments": 8, "num_inference_steps": 4}, "multiple of num_segments"),
         ({"num_inference_steps": 0}, "num_inference_steps"),
     ],
 )

@@ -16,12 +16,13 @@ from fastdiff.diffusion.prediction import Prediction, prediction_target
 from fastdiff.diffusion.schedules import CLEAN_INDEX
 from fastdiff.diffusion.steps import heun_flow, jump
 from fastdiff.diffusion.tensors import DeviceTable, broadcast_to
+from fastdiff.methods._flow_map import end_input
 from fastdiff.methods._phased import draw_end
 from fastdiff.methods._trajectory import TARGET, Pair, Place, Trajectory, TrajectoryConfig, grid_points, sub_steps
 from fastdiff.methods.base import Batch, Context, MethodInfo, any_time, check_not_negative, check_positive, time_at
 from fastdiff.methods.tscd import jump_sampler
 from fastdiff.models.denoiser import Denoiser
-from fastdiff.models.embeddings import time_features, with_extra_times
+from fastdiff.models.embeddings import with_extra_times
 from fastdiff.models.sampler import SamplerSpec
 
 
@@ -31,7 +32,8 @@ class CTMConfig(TrajectoryConfig):
 
     Args:
         num_inference_steps: steps the student is meant to be run with.
-        eta: the sampler jumps to (1 - eta) of the next time and adds noise up to it (gamma-sampling); 0 adds none.
+        eta: the sampler jumps to (1 - eta) of the next time and adds noise up to it (gamma-sampling); 0 adds none, 1
+            jumps to the clean end, which stock schedulers serve.
         solver: the teacher's step: `ddim` of first order, `heun` of second order with two calls.
         solver_steps: steps of the teacher between neighbours of the grid.
         compare_at: `end` compares both maps where they end; `clean` takes both on to the clean end by the averaged
@@ -68,7 +70,9 @@ class CTM(Trajectory):
 
     and with `compare_at` clean both arguments of d are first mapped to the clean end by G^-, with gradient through the
     left one's input. s = 0 always is consistency distillation. s enters by a zero-initialised layer beside the time
-    embedding, which LoRA files cannot carry and stock pipelines cannot feed: such students are sampled in process.
+    embedding, which LoRA files cannot carry. Sampling in one step, or with eta = 1, always ends at the clean end: there
+    the student is exported as an ordinary one. With other samplers s changes from step to step, which stock pipelines
+    cannot feed: such students are sampled in process.
     """
 
     info = MethodInfo(
@@ -93,16 +97,26 @@ class CTM(Trajectory):
     def student_network(self, network: nn.Module) -> nn.Module | None:
         return with_extra_times(network) if self.tells_end else None
 
-    def step_inputs(self, denoiser: Denoiser, t: Tensor, s: Tensor) -> dict[str, Tensor]:
-        return self.inputs(1.0, s, denoiser)
+    @property
+    def always_clean(self) -> bool:
+        """Whether all steps of sampling end at the clean end, so that what the network is told is a constant."""
+        return self.tells_end and (self.config.num_inference_steps == 1 or self.config.eta == 1)
 
     def sampler(self) -> SamplerSpec:
-        return dataclasses.replace(
-            jump_sampler(self.config.num_inference_steps, self.config.eta), tells_end=self.tells_end
-        )
+        steps, eta = self.config.num_inference_steps, self.config.eta
+        if self.always_clean:
+            return SamplerSpec.trailing("lcm", steps)
+        return dataclasses.replace(jump_sampler(steps, eta), tells_end=self.tells_end)
+
+    def sampling_inputs(self, denoiser: Denoiser, batch_size: int, device: torch.device) -> dict[str, Tensor]:
+        clean = time_at(CLEAN_INDEX, torch.empty(batch_size, device=device), denoiser.schedule)
+        return end_input(denoiser.schedule, clean) if self.always_clean else {}
+
+    def step_inputs(self, denoiser: Denoiser, t: Tensor, s: Tensor) -> dict[str, Tensor]:
+        return {} if self.always_clean else self.inputs(1.0, s, denoiser)
 
     def inputs(self, w: float | Tensor, s: Tensor, denoiser: Denoiser) -> dict[str, Tensor]:
-        return {"timestep_cond": time_features([denoiser.schedule.network_time(s)])} if self.tells_end else {}
+        return end_input(denoiser.schedule, s) if self.tells_end else {}
 
     def end(self, number: Tensor, points: Tensor, ctx: Context) -> Tensor:
         return draw_end(points[0], points[number], ctx.random.uniform("end"))

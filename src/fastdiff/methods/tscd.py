@@ -52,6 +52,11 @@ class TSCDConfig(AdversarialTrajectoryConfig):
         check_phases(self.num_segments, self.num_ddim_timesteps, "num_segments")
         check_not_negative(consistency_weight=self.consistency_weight, score_weight=self.score_weight)
         check_positive(num_inference_steps=self.steps)
+        if self.steps % self.num_segments:
+            raise ValueError(
+                f"num_inference_steps {self.steps} does not visit the edges of {self.num_segments} segments, which no map "
+                "crosses: give a multiple of num_segments"
+            )
         if not 0 <= self.eta <= 1:
             raise ValueError(f"eta must be in [0, 1], got {self.eta}")
         if self.score_weight and self.num_segments != 1:

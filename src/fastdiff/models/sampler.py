@@ -170,7 +170,8 @@ class SamplerSpec:
             raise ValueError(
                 "this student is told where each step ends, an input that changes from step to step; stock pipelines "
                 "compute extra inputs once, so no stock scheduler can serve it. Sample it in process "
-                "(fastdiff.models.sampler.sample), or train a student without that input: --method tcd, pcm or tscd."
+                "(fastdiff.models.sampler.sample), let every step end at the clean end (one step, or for ctm eta 1), or "
+                "train a student without that input: --method tcd, pcm or tscd."
             )
         on_flow = str(teacher_scheduler_config.get("_class_name", "")).startswith("FlowMatch")
         if (prediction_type == "flow") != (self.kind == "flow" or (on_flow and self.kind in ("lcm", "ddim"))):
