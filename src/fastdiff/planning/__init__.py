@@ -1,0 +1,1 @@
+"""Memory of a run, predicted without its weights and without a GPU."""

@@ -1,0 +1,241 @@
+"""The network passes of a training step and nothing else: recorded once, then replayed on plain diffusers networks.
+
+A replayed pass calls diffusers' network with the same rows, low-rank products, type and checkpointing; graphs get one
+backward into the same weights and inputs, and a fused AdamW steps. No object of the loop takes part.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import dataclasses
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from fastdiff.engine import Trainer
+from fastdiff.methods import Batch, Update
+from fastdiff.models.conditioning import Conditioning
+from fastdiff.models.families import Family
+from fastdiff.models.roles import Part, adapter_layers
+
+BASE = "base"
+
+
+@dataclass(frozen=True)
+class Call:
+    """One network call of a step."""
+
+    network: str
+    parts: tuple[Part, ...]
+    x: Tensor
+    time: Tensor
+    cond: Conditioning
+    inputs: Mapping[str, Tensor]
+    with_graph: bool
+    input_grad: bool
+    stop_at: tuple[str, ...] = ()
+
+
+@dataclass
+class Turn:
+    """One update: its calls and the groups it steps."""
+
+    trains: tuple[str, ...]
+    calls: list[Call] = field(default_factory=list)
+
+
+class RecordingFamily:
+    """Calls the network as its family does, and writes down with what."""
+
+    def __init__(self, family: Family, trainer: Trainer, turns: list[Turn]) -> None:
+        self.family, self.turns = family, turns
+        self.roles = trainer.networks.roles
+        self.stop_at: tuple[str, ...] = ()
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.family, name)
+
+    def call(self, network: nn.Module, x_t: Tensor, time: Tensor, cond: Conditioning, **inputs: Any) -> Tensor:
+        """As `Family.call`."""
+        names = [role for role in self.roles if not self.roles.is_adapter(role)]
+        name = next((role for role in names if self.roles.network(role) is network), BASE)
+        trained = [*self.turns[-1].trains]
+        serves = [part.adapter for part in self.roles.active.parts] + [name]
+        with_graph = torch.is_grad_enabled() and (x_t.requires_grad or bool({*trained} & {*serves}))
+        told = {key: value.detach() for key, value in inputs.items()}
+        self.turns[-1].calls.append(
+            Call(
+                name,
+                self.roles.active.parts,
+                x_t.detach(),
+                time.detach(),
+                cond,
+                told,
+                with_graph,
+                x_t.requires_grad and with_graph,
+                self.stop_at,
+            )
+        )
+        return self.family.call(network, x_t, time, cond, **inputs)
+
+
+def record(trainer: Trainer, batch: Batch) -> list[Turn]:
+    """Runs one step of the trainer and returns its updates with their calls."""
+    turns: list[Turn] = []
+    denoiser, method = trainer.networks.denoiser, trainer.method
+    family = RecordingFamily(denoiser.family, trainer, turns)
+    features, updates = denoiser.features, method.updates
+
+    def stopped(x_t: Tensor, t: Tensor, cond: Conditioning, role: str, names: tuple[str, ...]) -> list[Tensor]:
+        family.stop_at = names
+        try:
+            return features(x_t, t, cond, role, names)
+        finally:
+            family.stop_at = ()
+
+    def told(update: Update) -> Update:
+        def loss(batch: Batch, ctx: Any) -> Mapping[str, Tensor]:
+            turns.append(Turn(update.trains))
+            return update.loss(batch, ctx)
+
+        return dataclasses.replace(update, loss=loss)
+
+    denoiser.family, denoiser.features = family, stopped
+    method.updates = lambda step: (told(update) for update in updates(step))
+    try:
+        trainer.train_step([batch])
+    finally:
+        denoiser.family = family.family
+        del denoiser.features, method.updates
+    return turns
+
+
+class LowRank(nn.Module):
+    """A frozen layer with the low-rank products of several adapters; `at_work` is shared by all layers."""
+
+    def __init__(self, layer: nn.Module, at_work: list[Part]) -> None:
+        super().__init__()
+        self.layer = layer.base_layer
+        self.down = nn.ModuleDict({name: copy.deepcopy(one) for name, one in layer.lora_A.items()})
+        self.up = nn.ModuleDict({name: copy.deepcopy(one) for name, one in layer.lora_B.items()})
+        self.scales = dict(layer.scaling)
+        self.at_work = at_work
+
+    def forward(self, x: Tensor, *args: Any) -> Tensor:
+        result = self.layer(x, *args)
+        for part in self.at_work:
+            rows = x if part.rows is None else x[part.rows]
+            hidden = _applied(self.down[part.adapter], rows)
+            product = _applied(self.up[part.adapter], hidden) * (self.scales[part.adapter] * part.scale)
+            if part.rows is None:
+                result = result + product
+            else:
+                result[part.rows] += product
+        return result
+
+
+def _applied(layer: nn.Module, x: Tensor) -> Tensor:
+    weight = layer.weight.to(x.dtype)
+    return layer._conv_forward(x, weight, None) if isinstance(layer, nn.Conv2d) else nn.functional.linear(x, weight)
+
+
+class Bare:
+    """Plain networks with a run's weights, and its turns."""
+
+    def __init__(self, trainer: Trainer, turns: list[Turn]) -> None:
+        roles = trainer.networks.roles
+        self.family, self.turns = trainer.networks.denoiser.family, turns
+        self.dtype = trainer.networks.denoiser.compute_dtype
+        self.at_work: list[Part] = []
+        full = [role for role in roles if not roles.is_adapter(role)]
+        self.networks = {BASE: roles.base} | {role: roles.network(role) for role in full}
+        self.networks = {name: copy.deepcopy(network) for name, network in self.networks.items()}
+        for name, layer in adapter_layers(self.networks[BASE]):
+            parent, _, child = name.rpartition(".")
+            setattr(self.networks[BASE].get_submodule(parent), child, LowRank(layer, self.at_work))
+        if roles.checkpointing:
+            for network in self.networks.values():
+                network.enable_gradient_checkpointing(self._checkpoint)
+        groups = {group for turn in turns for group in turn.trains}
+        self.parameters = {group: self._parameters(group, full) for group in groups}
+        self.optimizers = {
+            group: torch.optim.AdamW(parameters, lr=1e-8, fused=True)
+            for group, parameters in self.parameters.items()
+            if parameters
+        }
+
+    def step(self) -> None:
+        """All passes of one training step."""
+        for turn in self.turns:
+            outputs, leaves = [], [p for group in turn.trains for p in self.parameters[group]]
+            for call in turn.calls:
+                x = call.x.requires_grad_(True) if call.input_grad else call.x.detach()
+                outputs += self._call(call, x)
+                leaves += [x] if call.input_grad else []
+            if outputs:
+                torch.stack([output.float().sum() for output in outputs]).sum().backward(inputs=leaves)
+            for group in turn.trains:
+                if group in self.optimizers:
+                    self.optimizers[group].step()
+                    self.optimizers[group].zero_grad(set_to_none=True)
+
+    def _call(self, call: Call, x: Tensor) -> list[Tensor]:
+        """The outputs that carry a graph."""
+        network, found = self.networks[call.network], {}
+        self.at_work[:] = call.parts
+        weight = next(network.parameters())
+        mixed = weight.dtype not in (self.dtype, torch.float64)
+        precision = torch.autocast(weight.device.type, self.dtype) if mixed else contextlib.nullcontext()
+        with torch.set_grad_enabled(call.with_graph), precision, _stopped(network, call.stop_at, found):
+            found = {"": self.family.call(network, x, call.time, call.cond, **call.inputs)}
+        return list(found.values()) if call.with_graph else []
+
+    def _parameters(self, group: str, full: list[str]) -> list[nn.Parameter]:
+        if group in full:
+            return list(self.networks[group].requires_grad_(True).parameters())
+        layers = [module for module in self.networks[BASE].modules() if isinstance(module, LowRank)]
+        return [half[group].weight for layer in layers for half in (layer.down, layer.up) if group in half]
+
+    def _checkpoint(self, module: nn.Module, *args: Any) -> Any:
+        kept = list(self.at_work)
+
+        @contextlib.contextmanager
+        def again() -> Iterator[None]:
+            before, self.at_work[:] = list(self.at_work), kept
+            yield
+            self.at_work[:] = before
+
+        def contexts() -> tuple[Any, Any]:
+            return contextlib.nullcontext(), again()
+
+        return checkpoint(module.__call__, *args, use_reentrant=False, context_fn=contexts)
+
+
+class _Stop(Exception):
+    """Leaves a forward whose output nobody needs."""
+
+
+@contextlib.contextmanager
+def _stopped(network: nn.Module, names: tuple[str, ...], found: dict[str, Tensor]) -> Iterator[None]:
+    """Inside, a call of the network ends at the last of `names`, if there are any, and leaves their outputs."""
+
+    def hook(name: str):
+        def collect(_module: nn.Module, _args: Any, output: Any) -> None:
+            found[name] = output[0] if isinstance(output, tuple) else output
+            if len(found) == len(names):
+                raise _Stop
+
+        return collect
+
+    handles = [network.get_submodule(name).register_forward_hook(hook(name)) for name in names]
+    try:
+        with contextlib.suppress(_Stop):
+            yield
+    finally:
+        for handle in handles:
+            handle.remove()

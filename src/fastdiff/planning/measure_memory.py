@@ -1,0 +1,181 @@
+"""Measured peak memory of real training steps on random weights, each in a fresh process, beside its prediction."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import subprocess
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from fastdiff.planning.blueprint import Blueprint, blueprint_of
+
+HALF = {"block_out_channels": [160, 320, 640, 640]}
+TINY = {"block_out_channels": [32, 64], "norm_num_groups": 8, "cross_attention_dim": 32, "layers_per_block": 1} | {
+    "down_block_types": ["CrossAttnDownBlock2D", "DownBlock2D"],
+    "up_block_types": ["UpBlock2D", "CrossAttnUpBlock2D"],
+}
+LORA = {"student": "lora", "fake_score": "lora", "lora_rank": 64, "gradient_checkpointing": True}
+COPIES = {"student": "full", "fake_score": "full", "gradient_checkpointing": True}
+LOW = {"fake_score": "full", "fake_score_dtype": "bf16", "fake_score_in_backward": True}
+DMD2 = {"guidance_scale": 8.0, "student_update_every": 1}
+ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")
+
+
+@dataclass(frozen=True)
+class Case:
+    """One configuration: frozen weights in bfloat16, bfloat16 computation, cached embeddings and latents.
+
+    Args:
+        teacher: configs of the teacher.
+        resolution: image side in pixels.
+        settings: of the run, besides these.
+        network: changes to the network's config.
+        method, config: what is computed; both turns of a two-time-scale method in every step.
+        batch: samples.
+        steps: training steps; the first makes the optimizers' states.
+    """
+
+    teacher: str
+    resolution: int
+    settings: Mapping[str, Any]
+    network: Mapping[str, Any] = field(default_factory=dict)
+    method: str = "dmd2"
+    config: Mapping[str, Any] = field(default_factory=lambda: DMD2)
+    batch: int = 1
+    steps: int = 2
+
+    def blueprint(self) -> Blueprint:
+        """The parts, with the network's changes."""
+        whole = blueprint_of(self.teacher)
+        return dataclasses.replace(whole, network={**whole.network, **self.network})
+
+
+LCM = {"method": "lcm", "config": {"target_decay": 0.0}}
+CASES: dict[str, Case] = {
+    "tiny-lora": Case("sd15", 64, LORA | {"lora_rank": 4}, TINY),
+    "half-sd15-lora": Case("sd15", 256, LORA, HALF),
+    "half-sd15-lora-stored": Case("sd15", 256, LORA | {"gradient_checkpointing": False}, HALF, batch=2),
+    "half-sd15-three-copies": Case("sd15", 256, COPIES, HALF),
+    "half-sd15-low-critic": Case("sd15", 256, LORA | LOW, HALF),
+    "half-sd15-full-critic": Case("sd15", 256, LORA | {"fake_score": "full"}, HALF),
+    "half-sd15-lcm-lora": Case("sd15", 512, LORA, HALF, batch=2, **LCM),
+    "half-sd15-lcm-full": Case("sd15", 256, COPIES, HALF, **LCM),
+    "sd15-lora": Case("sd15", 512, LORA),
+    "sd15-low-critic": Case("sd15", 512, LORA | LOW),
+    "sdxl-lora-attention": Case("sdxl", 512, LORA | {"lora_target_modules": ATTENTION}, steps=1),
+    "sdxl-lora": Case("sdxl", 512, LORA, steps=1),
+}
+SUITE = tuple(name for name in CASES if name.startswith("half"))
+"""What fits a machine with 8 GiB; larger ones are named one by one."""
+
+
+def measure(name: str) -> dict[str, Any]:
+    """Runs a case in a process of its own, and predicts it in this one.
+
+    Raises:
+        RuntimeError: if the process failed, with the end of what it said.
+    """
+    done = subprocess.run(
+        [sys.executable, "-m", "fastdiff.planning.measure_memory", name], capture_output=True, text=True, check=False
+    )
+    if done.returncode:
+        raise RuntimeError(f"case {name} failed: {done.stderr[-2000:]}")
+    return json.loads(done.stdout.splitlines()[-1]) | predict(name)
+
+
+def predict(name: str) -> dict[str, Any]:
+    """The planner's number for the same steps."""
+    import torch
+
+    from fastdiff.planning.walk import ENCODE, ENCODERS, PREVIEW, walk
+
+    case = CASES[name]
+    method, settings = _method_and_settings(case, ".")
+    phases = walk(method, case.blueprint(), settings, frozen_dtype=torch.bfloat16).phases
+    splits = [split for phase, split in phases.items() if phase not in (PREVIEW, ENCODE)]
+    best = max(splits, key=lambda split: split.total() - split[ENCODERS])
+    split = {kind: size for kind, size in best.items() if kind != ENCODERS}
+    return {"predicted": sum(split.values()), "split": split}
+
+
+def run_here(name: str) -> dict[str, Any]:
+    """The steps, in this process: resident bytes after imports and at the peak, and seconds a step."""
+    import tempfile
+    import time
+
+    import torch
+
+    from fastdiff.data import PromptData
+    from fastdiff.diffusion.schedules import schedule_from_config
+    from fastdiff.engine import Trainer
+    from fastdiff.planning.teacher import PlannedTeacher
+    from fastdiff.planning.walk import PlannedProcess, batch_of
+
+    case = CASES[name]
+    _import_everything()
+    before = _resident("VmRSS")
+    with tempfile.TemporaryDirectory() as folder:
+        method, settings = _method_and_settings(case, folder)
+        blueprint = case.blueprint()
+        schedule = schedule_from_config(dict(blueprint.scheduler))
+        teacher = PlannedTeacher(blueprint, schedule, torch.bfloat16, autoencoder=False)
+        teacher.fill()
+        weights = sum(parameter.numel() for parameter in teacher.network.parameters())
+        trainer = Trainer(method, teacher, PromptData(["a prompt"]), settings, accelerator=PlannedProcess())
+        began = time.perf_counter()
+        for _ in range(case.steps):
+            trainer.train_step([batch_of(trainer, method)])
+        seconds = (time.perf_counter() - began) / case.steps
+        losses = trainer.metrics.read()
+    peak = _resident("VmHWM")
+    case_values = dataclasses.asdict(case)
+    return {
+        "name": name,
+        "case": case_values,
+        "network_weights": weights,
+        "resident_after_imports": before,
+        "peak": peak - before,
+        "seconds_a_step": seconds,
+        "finite": all(value == value for value in losses.values()),
+        "torch": torch.__version__,
+    }
+
+
+def _method_and_settings(case: Case, folder: str) -> tuple[Any, Any]:
+    from fastdiff.engine import Settings
+    from fastdiff.methods import method_named
+
+    method = method_named(case.method)
+    settings = Settings(
+        output_dir=folder,
+        resolution=case.resolution,
+        train_batch_size=case.batch,
+        mixed_precision="bf16",
+        report_to="none",
+        **case.settings,
+    )
+    return method(method.Config(**case.config)), settings
+
+
+def _import_everything() -> None:
+    """What a run imports late."""
+    import diffusers.optimization
+    import diffusers.training_utils
+    import peft
+    from diffusers import AutoencoderKL, UNet2DConditionModel
+
+    assert all((diffusers.optimization, diffusers.training_utils, peft, AutoencoderKL, UNet2DConditionModel))
+
+
+def _resident(key: str) -> int:
+    """Bytes resident now (`VmRSS`) or at most so far (`VmHWM`); Linux only."""
+    lines = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{key}:"))
+
+
+if __name__ == "__main__":
+    print(json.dumps(run_here(sys.argv[1])))

@@ -1,0 +1,113 @@
+"""A teacher without weights of its own: made from configs, to be walked through for free or filled at random."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fastdiff.diffusion.schedules import NoiseSchedule
+from fastdiff.models.codec import Codec
+from fastdiff.models.conditioning import Conditioning
+from fastdiff.models.families import family_of
+from fastdiff.models.teacher import prediction_type_of
+from fastdiff.planning.blueprint import Blueprint
+
+
+class PlannedTeacher:
+    """Offers what a run asks of its teacher (`TeacherLike`). Under `FakeTensorMode` its weights are shapes and types.
+
+    Args:
+        blueprint: the parts.
+        schedule: with real values, which its own checks look at.
+        dtype: storage of the frozen network; text encoders and autoencoder stay float32, as the engine loads them.
+        autoencoder: give the autoencoder memory as well; a run on cached data never touches it.
+    """
+
+    adaptable = True
+
+    def __init__(
+        self, blueprint: Blueprint, schedule: NoiseSchedule, dtype: torch.dtype, autoencoder: bool = True
+    ) -> None:
+        self.blueprint = blueprint
+        self.family = family_of(blueprint.pipeline)
+        self.schedule = schedule
+        self.prediction_type = prediction_type_of(blueprint.scheduler)
+        self.network = _with_memory(_shapes(blueprint.network).to(dtype))
+        self.autoencoder = _shapes(blueprint.autoencoder)
+        if autoencoder:
+            _with_memory(self.autoencoder)
+        self.codec = Codec(self.autoencoder)
+
+    @torch.no_grad()
+    def fill(self, seed: int = 0) -> None:
+        """Random weights that keep activations of order one, written in place."""
+        generator = torch.Generator().manual_seed(seed)
+        for parameter in self.network.parameters():
+            if parameter.dim() > 1:
+                parameter.normal_(0, parameter[0].numel() ** -0.5, generator=generator)
+            else:
+                parameter.fill_(1)
+
+    @property
+    def default_resolution(self) -> int:
+        return self.network.config.sample_size * self.codec.factor
+
+    def latent_shape(self, resolution: int) -> tuple[int, int, int]:
+        return (self.codec.channels, resolution // self.codec.factor, resolution // self.codec.factor)
+
+    def encode(self, prompts: Sequence[str], resolution: int) -> Conditioning:
+        """Rows of the family's conditioning; the text encoders do not run."""
+        encoders = self.blueprint.text_encoders
+        tokens, width = encoders[0]["max_position_embeddings"], sum(encoder["hidden_size"] for encoder in encoders)
+        rows = {"prompt_embeds": torch.randn(len(prompts), tokens, width)}
+        if len(encoders) > 1:
+            rows["pooled_prompt_embeds"] = torch.randn(len(prompts), encoders[-1]["projection_dim"])
+            rows["time_ids"] = torch.zeros(len(prompts), 6)
+        return Conditioning(rows)
+
+    def null(self, resolution: int) -> Conditioning:
+        return self.encode([""], resolution)
+
+    def encode_images(self, images: Tensor, noise: Tensor | None = None) -> Tensor:
+        return self.codec.encode(images, noise)
+
+    def decode(self, latents: Tensor) -> Tensor:
+        return self.codec.decode(latents)
+
+    def new_network(self) -> nn.Module:
+        return copy.deepcopy(self.network)
+
+    def identity(self) -> dict[str, str | None]:
+        return {"source": None, "revision": None, "fingerprint": None}
+
+    @property
+    def text_encoder_bytes(self) -> int:
+        """Float32 weights of all text encoders."""
+        return sum(_text_encoder_bytes(config) for config in self.blueprint.text_encoders)
+
+
+def _shapes(config: Mapping[str, Any]) -> nn.Module:
+    """A diffusers network on the meta device."""
+    import diffusers
+
+    with torch.device("meta"):
+        network = getattr(diffusers, config["_class_name"]).from_config(dict(config))
+    return network.requires_grad_(False).eval()
+
+
+def _with_memory(network: nn.Module) -> nn.Module:
+    """The same with memory behind every weight; nothing is written there yet."""
+    return network.to_empty(device="cpu")
+
+
+def _text_encoder_bytes(config: Mapping[str, Any]) -> int:
+    import transformers
+
+    cls = getattr(transformers, config["architectures"][0])
+    with torch.device("meta"):
+        encoder = cls(cls.config_class(**config))
+    return sum(parameter.numel() * 4 for parameter in encoder.parameters())

@@ -1,0 +1,242 @@
+"""Walks through a run's heaviest steps with the engine's and the method's own code, on tensors without values."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import tempfile
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any
+from unittest import mock
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from fastdiff.data import PromptData
+from fastdiff.diffusion.schedules import schedule_from_config
+from fastdiff.engine import Settings, Trainer
+from fastdiff.methods import Batch, Method, Update
+from fastdiff.planning.blueprint import Blueprint
+from fastdiff.planning.teacher import PlannedTeacher
+from fastdiff.planning.tracker import ACTIVATIONS, MemoryTracker
+
+FROZEN, TRAINED, GRADIENTS, OPTIMIZER = "frozen weights", "trained weights", "gradients", "optimizer"
+AVERAGE, ENCODERS = "average", "text encoders and autoencoder"
+KINDS = (FROZEN, TRAINED, GRADIENTS, OPTIMIZER, AVERAGE, ENCODERS, ACTIVATIONS)
+PREVIEW, ENCODE = "preview", "encode"
+_HORIZON = 64
+"""Steps that are searched for turns of every kind; update ratios are far smaller."""
+
+
+@dataclass
+class PlannedProcess:
+    """Stands where accelerate's process would: one device that holds nothing."""
+
+    device: torch.device = dataclasses.field(default_factory=lambda: torch.device("cpu"))
+    is_main_process: bool = True
+    process_index: int = 0
+    num_processes: int = 1
+
+    def wait_for_everyone(self) -> None:
+        """Nobody else is there."""
+
+
+@dataclass(frozen=True)
+class Walk:
+    """What a run's steps hold and move.
+
+    Args:
+        phases: the fullest moment of each phase, bytes by kind (`KINDS`).
+        exchanged: bytes of the gradients of each update, which several devices average.
+        gathered: bytes of network weights that pass by in a step: a network's own for each forward and each backward.
+        largest_block: bytes of the largest block of a network.
+        sizes: weights of each trained group.
+    """
+
+    phases: dict[str, Counter[str]]
+    exchanged: dict[str, int]
+    gathered: int
+    largest_block: int
+    sizes: dict[str, int]
+
+
+def walk(
+    method: Method,
+    blueprint: Blueprint,
+    settings: Settings,
+    *,
+    frozen_dtype: torch.dtype = torch.float32,
+    cached: bool = True,
+    offloaded: bool = False,
+) -> Walk:
+    """Takes the steps.
+
+    Phases are the updates of the method by name, `preview` (one image decoded) and, unless `cached`, `encode` (images
+    to latents). A decoder that an update needs stays on the device even if `offloaded`; it is not counted then.
+    Kernels' own workspaces and the allocator's fragmentation are not in it.
+    """
+    schedule = schedule_from_config(dict(blueprint.scheduler))
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        FakeTensorMode(allow_non_fake_inputs=True),
+        _replaced_on_conversion(),
+    ):
+        settings = dataclasses.replace(settings, output_dir=folder, resume_from_checkpoint=None)
+        with MemoryTracker() as tracker:
+            teacher = PlannedTeacher(blueprint, schedule, frozen_dtype)
+            trainer = Trainer(method, teacher, PromptData(["a prompt"]), settings, accelerator=PlannedProcess())
+            _mark_weights(tracker, trainer, teacher)
+            moved: list[int] = []
+            gathered = _count_gathered(trainer)
+            for step in _steps(method):
+                trainer.step = step
+                gathered.clear()
+                with _phases(trainer.method, tracker):
+                    trainer.train_step(
+                        [batch_of(trainer, method) for _ in range(settings.gradient_accumulation_steps)]
+                    )
+                tracker.phase = None
+                moved.append(gathered.total())
+                tracker.mark(OPTIMIZER, _optimizer_tensors(trainer))
+            tracker.start(PREVIEW)
+            with torch.no_grad():
+                trainer.teacher.decode(torch.zeros(1, *trainer.batches.latent_shape))
+                if not cached and method.needs() != "prompts":
+                    tracker.start(ENCODE)
+                    trainer.teacher.encode_images(_images(trainer, settings.train_batch_size))
+            encoders = teacher.text_encoder_bytes
+            exchanged = {
+                update.name: sum(_size(trainer.optimizers[group].parameters) for group in update.trains)
+                for step in _steps(method)
+                for update in method.updates(step)
+            }
+            sizes = {name: sum(p.numel() for p in one.parameters) for name, one in trainer.optimizers.items()}
+            largest = max(_size(block.parameters()) for block in _blocks(teacher.network))
+    for phase, peak in tracker.peaks.items():
+        peak[ENCODERS] = _encoders_in(phase, peak[ENCODERS], encoders, offloaded)
+    return Walk(tracker.peaks, exchanged, max(moved), largest, sizes)
+
+
+def _count_gathered(trainer: Trainer) -> Counter[str]:
+    """Counts the bytes of each network that runs, once more where a backward follows."""
+    gathered: Counter[str] = Counter()
+    roles = trainer.networks.roles
+    for network in {id(network): network for network in map(roles.network, roles)}.values():
+        size = _size(network.parameters())
+
+        def before(_module: nn.Module, _args: Any, size: int = size) -> None:
+            gathered["networks"] += size * (1 + torch.is_grad_enabled())
+
+        network.register_forward_pre_hook(before)
+    return gathered
+
+
+def _blocks(network: nn.Module) -> Iterator[nn.Module]:
+    """The parts of a network that are gathered as one: the elements of its lists, and its other children."""
+    for child in network.children():
+        yield from child.children() if isinstance(child, nn.ModuleList) else (child,)
+
+
+def _size(parameters: Iterable[Tensor]) -> int:
+    return sum(parameter.numel() * parameter.element_size() for parameter in parameters)
+
+
+def _encoders_in(phase: str, autoencoder: int, text_encoders: int, offloaded: bool) -> int:
+    """Bytes on the device; offloaded parts are there while they work only, and never together."""
+    if not offloaded:
+        return autoencoder + text_encoders
+    return max(autoencoder, text_encoders) if phase in (PREVIEW, ENCODE) else 0
+
+
+@contextlib.contextmanager
+def _replaced_on_conversion() -> Iterator[None]:
+    """Inside, `module.to` gives a module new parameters; torch would swap fake ones in place, and refuses to as soon
+    as its own fake mode has looked at them."""
+
+    def convert(module: nn.Module, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
+        for child in module.children() if recurse else ():
+            convert(child, fn)
+        for name, parameter in module._parameters.items():
+            if parameter is not None and (new := fn(parameter)) is not parameter:
+                module._parameters[name] = nn.Parameter(new.detach(), parameter.requires_grad)
+        for name, buffer in module._buffers.items():
+            module._buffers[name] = None if buffer is None else fn(buffer)
+        return module
+
+    with mock.patch.object(nn.Module, "_apply", convert):
+        yield
+
+
+def _mark_weights(tracker: MemoryTracker, trainer: Trainer, teacher: PlannedTeacher) -> None:
+    """Says what is what, and takes one optimizer step without gradients' graph so that states exist."""
+    tracker.mark(FROZEN, teacher.network.parameters())
+    tracker.mark(ENCODERS, teacher.autoencoder.parameters())
+    if trainer.student.ema is not None:
+        tracker.mark(AVERAGE, trainer.student.ema.shadow_params)
+    for role in trainer.networks.roles:
+        if not trainer.networks.roles.is_adapter(role):
+            tracker.mark(FROZEN, trainer.networks.roles.network(role).parameters())
+    for optimizer in trainer.optimizers.values():
+        tracker.mark(TRAINED, optimizer.parameters)
+        tracker.mark_gradients(GRADIENTS, optimizer.parameters)
+        optimizer.make_state()
+    tracker.mark(OPTIMIZER, _optimizer_tensors(trainer))
+
+
+def _optimizer_tensors(trainer: Trainer) -> Iterator[Tensor]:
+    for optimizer in trainer.optimizers.values():
+        yield from optimizer.state_tensors().values()
+
+
+def _steps(method: Method) -> list[int]:
+    """The first step, which also weighs terms against each other, and the first steps of updates it lacks."""
+    seen: set[tuple[str, ...]] = set()
+    chosen = []
+    for step in range(_HORIZON):
+        updates = {(update.name, *update.trains) for update in method.updates(step)}
+        if not updates <= seen:
+            seen |= updates
+            chosen.append(step)
+    return chosen
+
+
+@contextlib.contextmanager
+def _phases(method: Method, tracker: MemoryTracker) -> Iterator[None]:
+    """Inside, the method's updates tell the tracker their names when they start."""
+    own = method.updates
+
+    def told(update: Update) -> Update:
+        def loss(batch, ctx):
+            tracker.start(update.name)
+            return update.loss(batch, ctx)
+
+        return dataclasses.replace(update, loss=loss)
+
+    method.updates = lambda step: (told(update) for update in own(step))
+    try:
+        yield
+    finally:
+        del method.updates
+
+
+def batch_of(trainer: Trainer, method: Method) -> Batch:
+    """A batch with what the method needs, at random."""
+    size, shape = trainer.settings.train_batch_size, trainer.batches.latent_shape
+    rows = torch.randn(size, *shape)
+    return Batch(
+        indices=torch.arange(size),
+        cond=trainer.teacher.encode(["a prompt"] * size, trainer.batches.resolution),
+        null=trainer.batches.null,
+        latent_shape=shape,
+        latents=None if method.needs() == "prompts" else rows,
+        extra={"noise": torch.randn_like(rows)} if method.needs() == "pairs" else {},
+        prompts=("a prompt",) * size,
+    )
+
+
+def _images(trainer: Trainer, count: int) -> Tensor:
+    side = trainer.batches.resolution
+    return torch.zeros(count, 3, side, side)

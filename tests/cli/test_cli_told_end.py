@@ -1,0 +1,41 @@
+"""Students that are told where their jump ends, through the command: stock diffusers samples them all the same."""
+
+import json
+
+import pytest
+import torch
+from cli_helpers import SHORT
+from safetensors.torch import load_file
+
+from fastdiff.cli import main
+from fastdiff.recipes.student import load_pipeline
+
+FREEFLOW = ("--fake_score", "full", "--correct_every", "2")
+
+
+@pytest.mark.parametrize(("method", "needs", "more"), [
+    ("boot", "prompts", ()),
+    ("freeflow", "prompts", FREEFLOW),
+    ("meanflow", "images", ("--timesteps", "999", "499")),
+    ("apex", "images", ("--train_batch_size", "4", "--timesteps", "999", "499")),
+    ("scm", "images", ()),
+])  # fmt: skip
+def test_runs_export_what_stock_diffusers_samples(
+    method, needs, more, tiny_sd_folder, prompts_file, image_folder, tmp_path
+):
+    folder = tmp_path / "run"
+    source = ("--prompts", prompts_file) if needs == "prompts" else ("--train_data_dir", image_folder)
+    arguments = ["distill", "--method", method, "--teacher", tiny_sd_folder, *source, "--student", "full"]
+    arguments += ["--output_dir", folder, "--learning_rate", "0.01", *SHORT, *more]
+    assert main([str(argument) for argument in arguments]) == 0
+    record = json.loads((folder / "student" / "fastdiff.json").read_text())
+    assert record["load_back"]["ok"] and record["load_back"]["max_error"] < 1e-4
+    pipeline = load_pipeline(folder / "student")
+    slot = pipeline.unet.time_embedding.cond_proj
+    assert slot is None or not slot.weight.any()  # the zeros that switch guidance off
+    steps = len(record["sampler"]["timesteps"])
+    images = pipeline("a dog", num_inference_steps=steps, output_type="pt", generator=torch.Generator()).images
+    assert images.isfinite().all()
+    if method != "scm":
+        trained = load_file(next((folder / "checkpoints").glob("step-2")) / "student.safetensors")
+        assert trained["time_embedding.cond_proj.weight"].any()

@@ -1,0 +1,64 @@
+"""`fastdiff plan`: text, JSON, advice, and errors that say what to do."""
+
+import json
+
+import pytest
+
+from fastdiff.cli import main
+from fastdiff.cli.plan import read_size
+
+RECIPE = """
+method: dmd2
+pretrained_teacher_model: {teacher}
+output_dir: {output}
+student: full
+fake_score: full
+lora_rank: 4
+train_batch_size: 2
+"""
+
+
+@pytest.fixture
+def recipe(tiny_sd_folder, tmp_path):
+    path = tmp_path / "recipe.yaml"
+    path.write_text(RECIPE.format(teacher=tiny_sd_folder, output=tmp_path / "run"))
+    return path
+
+
+def test_a_plan_that_does_not_fit_says_what_to_change(recipe, capsys, tmp_path):
+    assert main(["plan", str(recipe), "--memory", "520MB", "--json"]) == 1
+    values = json.loads(capsys.readouterr().out)
+    (plan,) = values["plans"]
+    assert plan["needed"] > values["memory"]
+    assert plan["peak_tensors"] == sum(plan["split"].values())
+    saved = [step["saves_about"] for step in values["advice"]]
+    assert len(saved) > 1 and saved[0] == max(saved)
+    assert values["with_advice"]["needed"] < plan["needed"]
+    assert not (tmp_path / "run").exists()  # planning writes nothing
+
+
+def test_a_plan_that_fits_is_a_table(recipe, capsys):
+    assert main(["plan", str(recipe), "--gpus", "4", "--memory", "24GB", "train_batch_size=1"]) == 0
+    out = capsys.readouterr().out
+    assert "batch 1, 4 device(s)" in out and "fits into 22.35 GiB" in out
+    for word in ("frozen weights", "gradients", "optimizer", "activations", "gradient exchange", "student"):
+        assert word in out
+
+
+def test_sizes_are_read_in_both_units():
+    assert read_size("24GB") == 24 * 10**9
+    assert read_size("22.5 GiB") == 22.5 * 2**30
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--memory", "24"], "such as 24GB"),
+        (["--gpus", "0"], "at least 1"),
+        (["train_batch_size"], "name=value"),
+        (["--like", "sd9"], "--like sd15|sd21|sdxl"),
+    ],
+)
+def test_errors_say_what_to_do(recipe, capsys, arguments, message):
+    assert main(["plan", str(recipe), *arguments]) == 2
+    assert message in capsys.readouterr().err
