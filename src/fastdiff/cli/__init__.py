@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from fastdiff import __version__
-from fastdiff.cli import cache, data, distill, env, evaluate, export, methods, pairs, sample
+from fastdiff.cli import bench, cache, data, distill, env, evaluate, export, methods, pairs, plan, sample
 from fastdiff.recipes.errors import RunInterrupted
 from fastdiff.recipes.recipe import nearest
 
@@ -29,7 +29,7 @@ class Verb:
 
 VERBS = tuple(
     Verb(module.__name__.rsplit(".", 1)[1], module.HELP, module.main)
-    for module in (distill, evaluate, sample, export, cache, pairs, data, methods, env)
+    for module in (distill, plan, evaluate, sample, export, cache, pairs, data, methods, bench, env)
 )
 
 

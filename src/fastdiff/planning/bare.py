@@ -164,7 +164,7 @@ class Bare:
         groups = {group for turn in turns for group in turn.trains}
         self.parameters = {group: self._parameters(group, full) for group in groups}
         self.optimizers = {
-            group: torch.optim.AdamW(parameters, lr=1e-8, fused=True)
+            group: torch.optim.AdamW(parameters, lr=1e-6, fused=True)
             for group, parameters in self.parameters.items()
             if parameters
         }

@@ -14,7 +14,7 @@ from typing import Any
 from fastdiff.planning.blueprint import Blueprint, blueprint_of
 
 HALF = {"block_out_channels": [160, 320, 640, 640]}
-TINY = {"block_out_channels": [32, 64], "norm_num_groups": 8, "cross_attention_dim": 32, "layers_per_block": 1} | {
+TINY = {"block_out_channels": [32, 64], "norm_num_groups": 8, "layers_per_block": 1} | {
     "down_block_types": ["CrossAttnDownBlock2D", "DownBlock2D"],
     "up_block_types": ["UpBlock2D", "CrossAttnUpBlock2D"],
 }
