@@ -7,11 +7,11 @@ import math
 
 import pytest
 import torch
-from flow_map_helpers import Latents, sd_batch, settings
+from flow_map_helpers import LAW, ConsistencyNetwork, Latents, sd_batch, settings
 from method_helpers import SD, batch_of, context, denoiser_of, f64, spatial
 from torch import nn
 
-from fastdiff.diffusion import FlowSchedule, Gaussian, Prediction, Terminal, TrigSchedule, jump
+from fastdiff.diffusion import FlowSchedule, Terminal, TrigSchedule, jump
 from fastdiff.diffusion.losses import mse
 from fastdiff.engine import Trainer
 from fastdiff.engine.networks import build_networks
@@ -23,30 +23,12 @@ from fastdiff.models.conditioning import Conditioning
 from fastdiff.models.tangents import Tangents
 from fastdiff.models.teacher import Teacher
 
-LAW = Gaussian(f64([1.3, -0.4]), f64([[0.49, 0.2], [0.2, 0.9]]))
 PROCESSES = {
     "epsilon": (SD, "epsilon", [4.5, 250.0, 612.25, 999.0]),
     "v_prediction": (SD, "v_prediction", [4.5, 250.0, 612.25, 999.0]),
     "flow": (FlowSchedule(), "flow", [0.03, 0.4, 0.75, 0.98]),
     "trig": (TrigSchedule(), "v_prediction", [0.05, 0.6, 1.2, 1.5]),
 }
-
-
-class ConsistencyNetwork(nn.Module):
-    """The exact consistency function of a Gaussian as a network."""
-
-    def __init__(self, schedule, kind: str, tilt: float = 0.0) -> None:
-        super().__init__()
-        self.schedule, self.kind, self.tilt = schedule, kind, tilt
-        self.register_buffer("anchor", torch.zeros((), dtype=torch.float64))
-
-    def forward(self, x_t, time, labels):
-        t = time / 1000 if isinstance(self.schedule, FlowSchedule) else time
-        x0 = LAW.flow_map(x_t, t, Terminal.CLEAN, self.schedule) + self.tilt * x_t
-        return Prediction.from_x0(x0, x_t, t, self.schedule).as_kind(self.kind)
-
-    def enable_gradient_checkpointing(self, _function):
-        pass
 
 
 def method(**config) -> SCM:

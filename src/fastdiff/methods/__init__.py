@@ -37,6 +37,7 @@ from fastdiff.methods.scott import SCott, SCottConfig
 from fastdiff.methods.sid import SIM, SiD, SiDA, SiDAConfig, SiDConfig, SiDLSG, SiDLSGConfig, SIMConfig
 from fastdiff.methods.slimflow import SlimFlow, SlimFlowConfig
 from fastdiff.methods.swiftbrush import SwiftBrush, SwiftBrushConfig
+from fastdiff.methods.tcm import TCM, TCMConfig
 from fastdiff.methods.tscd import TSCD, TSCDConfig
 from fastdiff.methods.uni_instruct import UniInstruct, UniInstructConfig
 
@@ -79,6 +80,7 @@ METHODS: tuple[type[Method], ...] = (
     MSD,
     ScoreMatching,
     APEX,
+    TCM,
 )
 
 
@@ -98,6 +100,8 @@ def method_named(name: str) -> type[Method]:
 
 
 __all__ = [
+    "TCM",
+    "TCMConfig",
     "APEX",
     "APEXConfig",
     "ScoreMatching",

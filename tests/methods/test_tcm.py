@@ -1,0 +1,164 @@
+"""TCM (arXiv 2410.14895): step lengths, the truncation's two sides, times, order at the exact map, who learns."""
+
+from __future__ import annotations
+
+import itertools
+import math
+
+import pytest
+import torch
+from flow_map_helpers import LAW, PROCESSES, ConsistencyNetwork, Latents, sd_batch, settings, teacher_network
+from method_helpers import SD, batch_of, context, denoiser_of, f64, spatial
+from torch import nn
+
+from fastdiff.diffusion import FlowSchedule
+from fastdiff.engine import Trainer
+from fastdiff.engine.networks import build_networks
+from fastdiff.methods.tcm import TCM, TCMConfig, heavy_tailed
+from fastdiff.models.analytic import AnalyticTeacher
+from fastdiff.models.teacher import Teacher
+
+
+def method(**config) -> TCM:
+    return TCM(TCMConfig(**config))
+
+
+def test_steps_keep_the_published_share_of_the_noise():
+    """q = 2 at kappa = .1, 1, 5, 80."""
+    kappa = f64([0.1, 1.0, 5.0, 80.0])
+    golden = {0: [0, 0, 0.473, 0.5], 3: [0.700, 0.803, 0.934, 0.9375], 7: [0.981, 0.988, 0.9959, 0.9961]}
+    for stage, shares in golden.items():
+        found = method(step_base=2.0, step_stage=stage, longest_kept=0.9999).kept(kappa)
+        assert found.tolist() == pytest.approx(shares, abs=5e-4)
+    assert (method(step_base=2.0, step_stage=12, longest_kept=0.99).kept(kappa) == 0.99).all()
+
+
+def test_steps_shorten_with_every_stage_and_with_noise():
+    kappa = torch.linspace(0.05, 80, 200, dtype=torch.float64)
+    shares = torch.stack([method(step_stage=a, longest_kept=0.9999).kept(kappa) for a in range(6)])
+    assert (shares.diff(dim=0) >= 0).all() and (shares.diff(dim=1) >= 0).all()
+
+
+def test_one_index_of_stable_diffusion_has_as_much_noise_as_signal():
+    assert SD.kappa(f64(354.0)).item() == pytest.approx(1, abs=0.01)
+
+
+@pytest.mark.parametrize("process", ["epsilon", "flow"])
+def test_times_lie_above_the_truncation_and_the_share_at_it_is_as_asked(process):
+    schedule, kind, *_ = PROCESSES[process]
+    denoiser = denoiser_of(teacher_network(process), schedule, kind)
+    boundary, t = method(truncation_index=354).times(batch_of(4000, 2), context(denoiser, 4000))
+    low = schedule.time_of_index(354)
+    assert boundary.float().mean().item() == pytest.approx(0.25, abs=0.02)
+    assert (t[boundary] == low).all() and (t >= low).all() and t.max() <= schedule.t_max
+    assert t[~boundary].float().std() > 0.05 * schedule.t_max
+
+
+def test_quantiles_are_those_of_students_t_cut_to_the_range():
+    from torch.distributions import StudentT
+
+    low, high = f64([-0.5]), f64([2.0])
+    x = heavy_tailed(torch.linspace(0.001, 0.999, 999, dtype=torch.float64), low, high)
+    fine = torch.linspace(-0.5, 2.0, 2_000_001, dtype=torch.float64)
+    density = (1 + fine**2 / (0.01 * 0.2**2)) ** (-1.01 / 2)
+    mass = torch.cumulative_trapezoid(density, fine)
+    for k in (50, 300, 500, 900):
+        found = (mass[torch.searchsorted(fine, x[k]) - 1] / mass[-1]).item()
+        assert found == pytest.approx(0.001 * (k + 1), abs=2e-3)
+    ratio = StudentT(f64(0.01), 0.0, 0.2).log_prob(f64([0.3, 1.0])).exp()
+    mine = (1 + f64([0.3, 1.0]) ** 2 / (0.01 * 0.2**2)) ** (-1.01 / 2)
+    assert (ratio[0] / ratio[1]).item() == pytest.approx((mine[0] / mine[1]).item(), rel=1e-9)
+
+
+class Constant(nn.Module):
+    """Predicts the same velocity everywhere."""
+
+    def __init__(self, value: float) -> None:
+        super().__init__()
+        self.value = nn.Parameter(torch.tensor(value, dtype=torch.float64))
+
+    def forward(self, x_t, time, labels):
+        return self.value.expand_as(x_t)
+
+    def enable_gradient_checkpointing(self, _function):
+        pass
+
+
+def test_the_first_stage_serves_below_the_truncation_and_the_student_above():
+    schedule, kind, *_ = PROCESSES["flow"]
+    denoiser = denoiser_of(teacher_network("flow"), schedule, kind, student=Constant(1.0), first_stage=Constant(-1.0))
+    low = schedule.time_of_index(354).item()
+    t, batch = f64([low, low + 1e-5, 0.7, 0.95]), batch_of(4, 2)
+    x_t, ctx, tcm = torch.randn(4, 2, 1, 1, dtype=torch.float64), context(denoiser, 4), method()
+    r = tcm.next_time(t, schedule)
+    x_r = x_t + (r - t)[:, None, None, None] * denoiser(x_t, t, batch.cond, "teacher").flow
+    value = f64([-1.0, -1.0, 1.0, 1.0])
+    expected = x_r - (r * value)[:, None, None, None]
+    torch.testing.assert_close(tcm.target(x_t, t, batch, ctx), expected, rtol=1e-9, atol=1e-9)
+    assert (r < t).all() and ((r >= low) == torch.tensor([False, False, True, True])).all()
+
+
+@pytest.mark.parametrize("process", ["epsilon", "flow"])
+def test_at_the_exact_consistency_function_the_step_errs_at_second_order(process):
+    schedule, kind, *_ = PROCESSES[process]
+    exact = ConsistencyNetwork(schedule, kind)
+    denoiser = denoiser_of(teacher_network(process), schedule, kind, student=exact, first_stage=exact)
+    t = schedule.time_of_kappa(f64([1.2, 2.0, 3.0, 6.0]))
+    x0, eps = torch.randn(2, 4, 2, 1, 1, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    x_t, batch, errors = schedule.add_noise(LAW.sample(x0), eps, t), batch_of(4, 2), []
+    for kept in (0.9, 0.95, 0.975):
+        target = method(step_stage=20, longest_kept=kept).target(x_t, t, batch, context(denoiser, 4))
+        errors.append((target - denoiser(x_t, t, batch.cond, "student").x0).norm().item())
+    orders = [math.log2(a / b) for a, b in itertools.pairwise(errors)]
+    assert orders == pytest.approx([2, 2], abs=0.25)
+
+
+def test_the_loss_is_the_two_averages():
+    schedule, kind, *_ = PROCESSES["flow"]
+    denoiser = denoiser_of(teacher_network("flow"), schedule, kind, student=Constant(1.0), first_stage=Constant(-1.0))
+    batch = batch_of(8, 2, torch.randn(8, 2, 1, 1).double())
+    tcm, ctx = method(boundary_weight=0.3, boundary_share=0.25), context(denoiser, 8)
+    terms = tcm.student_loss(batch, ctx)
+    boundary, t = tcm.times(batch, ctx)
+    x_t = schedule.add_noise(batch.latents, ctx.random.normal("eps", (2, 1, 1)), t)
+    gap = denoiser(x_t, t, batch.cond, "student").x0 - tcm.target(x_t, t, batch, ctx)
+    each = (gap.square().flatten(1).mean(1) + 5.4e-4**2).sqrt() - 5.4e-4
+    each = each * (1 + 1 / schedule.kappa(t) ** 2)
+    torch.testing.assert_close(terms["consistency"], (each * ~boundary).sum() / (8 * 0.75), rtol=1e-6, atol=1e-9)
+    torch.testing.assert_close(terms["boundary"], 0.3 * (each * boundary).sum() / (8 * 0.25), rtol=1e-6, atol=1e-9)
+
+
+@pytest.mark.parametrize("student", ["lora", "full"])
+def test_the_student_alone_learns(tiny_sd, student):
+    tcm = method(guidance_scale=3.0)
+    networks = build_networks(tcm, Teacher(tiny_sd), settings(student=student))
+    roles = networks.roles
+    assert "first_stage" in roles
+    with torch.no_grad():  # the two stages differ once training has begun
+        for p in networks.parameters("student"):
+            p.add_(0.05 * torch.randn_like(p))
+    sum(tcm.student_loss(sd_batch(), context(networks.denoiser, 2)).values()).backward(
+        inputs=networks.parameters("student")
+    )
+    assert any(p.grad is not None and p.grad.abs().max() > 0 for p in networks.parameters("student"))
+    assert all(p.grad is None for p in roles.parameters("first_stage"))
+
+
+@pytest.mark.parametrize(
+    "bad", [{"timesteps": (999, 200)}, {"boundary_share": 0.0}, {"step_base": 1.0}, {"longest_kept": 1.0}]
+)
+def test_bad_settings_are_named(bad):
+    with pytest.raises(ValueError, match=next(iter(bad))):
+        TCMConfig(**bad)
+
+
+def test_it_trains_through_the_engine(tmp_path):
+    teacher = AnalyticTeacher.gaussian(LAW.mean, LAW.cov, schedule=FlowSchedule(), prediction_type="flow")
+    data = Latents(LAW.sample(spatial(torch.randn(64, 2))).float())
+    run = settings(
+        output_dir=str(tmp_path), student="full", max_train_steps=3, train_batch_size=8, checkpointing_steps=3
+    )
+    trainer = Trainer(method(), teacher, data, run)
+    before = [p.clone() for p in trainer.networks.roles.parameters("first_stage")]
+    trainer.train()
+    assert all(torch.equal(a, b) for a, b in zip(before, trainer.networks.roles.parameters("first_stage")))
