@@ -25,7 +25,9 @@ class PhasedDMDConfig(ScoreGapConfig):
     """Guidance, update rule and two phases of two steps are the paper's (video and image flows); times are ours.
 
     Args:
+        guidance_scale: w of the teacher's score; the fake score is never guided.
         timesteps: the times of all phases, noisiest first.
+        student_update_every: steps per student update.
         phase_steps: how many of them belong to each phase.
         phase: the phase that this run trains, from 1 (noisiest). Every later one needs `init_from`: the run of the
             phase before, whose student becomes an expert.
