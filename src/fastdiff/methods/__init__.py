@@ -28,6 +28,7 @@ from fastdiff.methods.perflow import PeRFlow, PeRFlowConfig
 from fastdiff.methods.pg_sb import PGSB, PGSBConfig
 from fastdiff.methods.phased_dmd import PhasedDMD, PhasedDMDConfig
 from fastdiff.methods.progressive import Progressive, ProgressiveConfig
+from fastdiff.methods.rcm import RCM, RCMConfig
 from fastdiff.methods.rectified_flow import RectifiedFlow, RectifiedFlowConfig
 from fastdiff.methods.rfpp import RFPP, RFPPConfig
 from fastdiff.methods.scm import SCM, SCMConfig
@@ -81,6 +82,7 @@ METHODS: tuple[type[Method], ...] = (
     ScoreMatching,
     APEX,
     TCM,
+    RCM,
 )
 
 
@@ -100,6 +102,8 @@ def method_named(name: str) -> type[Method]:
 
 
 __all__ = [
+    "RCM",
+    "RCMConfig",
     "TCM",
     "TCMConfig",
     "APEX",

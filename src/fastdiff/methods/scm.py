@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, Protocol
 
 import torch
 from torch import Tensor
@@ -34,6 +34,17 @@ from fastdiff.methods.base import (
 from fastdiff.models.roles import TEACHER
 from fastdiff.models.sampler import SamplerSpec
 from fastdiff.models.tangents import Point, Tangents
+
+
+class TangentConfig(Protocol):
+    """What the consistency term reads of a config."""
+
+    guidance_scale: float
+    time_mean: float
+    time_std: float
+    tangent_warmup: int
+    tangent_norm: Literal["rms", "l2"]
+    tangent_constant: float
 
 
 @dataclass(frozen=True)
@@ -110,7 +121,7 @@ class SCM(Method):
         return {"consistency": consistency_term(batch, ctx, self.config, self.tangents)}
 
 
-def consistency_term(batch: Batch, ctx: Context, config: SCMConfig, tangents: Tangents) -> Tensor:
+def consistency_term(batch: Batch, ctx: Context, config: TangentConfig, tangents: Tangents) -> Tensor:
     """The loss of :class:`SCM`."""
     t = log_normal_time(ctx, "t", config.time_mean, config.time_std)
     x_t = ctx.denoiser.schedule.add_noise(batch.images(), ctx.random.normal("eps", batch.latent_shape), t)
@@ -134,7 +145,7 @@ def tangent(teacher: Prediction, batch: Batch, ctx: Context, tangents: Tangents,
     return drop_broken(found.finite, g)
 
 
-def normalised(g: Tensor, config: SCMConfig) -> Tensor:
+def normalised(g: Tensor, config: TangentConfig) -> Tensor:
     """The tangent at a length below one, a sample."""
     length = root_mean_square(g)
     if config.tangent_norm == "l2":
