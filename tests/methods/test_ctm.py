@@ -299,7 +299,7 @@ def test_bad_settings_are_named(config, named):
 
 
 def test_an_adapter_cannot_be_told(tiny_sd, tmp_path):
-    with pytest.raises(ValueError, match="full"):
+    with pytest.raises(ValueError, match=r"only full; its student's network has inputs"):
         build_networks(method(), Teacher(tiny_sd), settings(tmp_path, student="lora"))
     assert CTM(CTMConfig()).info.student_kinds == ("full",)
 

@@ -41,8 +41,11 @@ def build_networks(method: Method, teacher: TeacherLike, settings: Settings, sco
         ValueError: if the method cannot train the wanted kind of student on this teacher.
     """
     if settings.student not in method.info.student_kinds:
+        own = method.student_network(teacher.network) is not None
+        reason = "; its student's network has inputs or a size that the teacher's has not, which no LoRA of the teacher holds"
         raise ValueError(
-            f"method {method.info.name} cannot train a {settings.student} student: only {method.info.student_kinds}"
+            f"method {method.info.name} cannot train a {settings.student} student: only "
+            f"{' or '.join(method.info.student_kinds)}{reason if own else ''}"
         )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(settings.seed)
