@@ -42,7 +42,7 @@ def build_networks(method: Method, teacher: TeacherLike, settings: Settings, sco
     """
     if settings.student not in method.info.student_kinds:
         own = method.student_network(teacher.network) is not None
-        reason = "; its student's network has inputs or a size that the teacher's has not, which no LoRA of the teacher holds"
+        reason = "; its student's network has inputs or a size that the teacher's has not, which no LoRA can hold"
         raise ValueError(
             f"method {method.info.name} cannot train a {settings.student} student: only "
             f"{' or '.join(method.info.student_kinds)}{reason if own else ''}"
