@@ -167,7 +167,9 @@ def main() -> None:
     flags.add_argument("--channels", type=int, nargs=3, default=(64, 112, 144))
     flags.add_argument("--caption_dropout", type=float, default=0.1)
     flags.add_argument("--snr_gamma", type=float, default=5.0, help="min-SNR weighting; 0 for plain noise loss")
-    flags.add_argument("--bf16", action="store_true", help="autocast; attention stays fp32, its CPU backward is slow in bf16")
+    flags.add_argument(
+        "--bf16", action="store_true", help="autocast; attention stays fp32, its CPU backward is slow in bf16"
+    )
     flags.add_argument("--snapshot", type=Path, default=None, help="pipeline folder to renew while training")
     flags.add_argument("--snapshot_minutes", type=float, default=10.0)
     settings = flags.parse_args()

@@ -23,7 +23,7 @@ STUDENT = {"slope": f64([[0.3, 0.1], [0.0, 0.5]]), "offset": f64([0.2, -0.1])}
 
 
 def method(**config) -> SlimFlow:
-    return SlimFlow(SlimFlowConfig(**{"random_flip": False, "anneal_steps": 100} | config))
+    return SlimFlow(SlimFlowConfig(**{"flip_pairs": False, "anneal_steps": 100} | config))
 
 
 def coupled(z: torch.Tensor) -> torch.Tensor:
@@ -101,7 +101,7 @@ def test_noise_and_sample_are_mirrored_together():
     batch = replace(pairs(noise(2), noise(2)), latents=10 * z, extra={"noise": z}, latent_shape=(1, 1, 2))
     denoiser = denoiser_of(ExactNetwork(LAW, SD, "epsilon"))
     ctx = context(denoiser, 2, {"flip": torch.tensor([True, False])}, step=100)
-    found, x0 = method(random_flip=True).coupled(batch, ctx)
+    found, x0 = method(flip_pairs=True).coupled(batch, ctx)
     assert found.flatten(1).tolist() == [[1, 0], [2, 3]]
     assert torch.equal(x0, 10 * found)
 

@@ -26,7 +26,7 @@ class SlimFlowConfig(RectifiedFlowConfig):
     Args:
         anneal_steps: steps until the noise of the pairs has replaced random noise.
         anneal: how its share falls: `linear`, or `cosine`.
-        random_flip: mirror noise and sample of a pair together, at random (latents of an autoencoder are mirrored only
+        flip_pairs: mirror noise and sample of a pair together, at random (latents of an autoencoder are mirrored only
             roughly by this; leave it out there).
         guided_weight: weight of the flow-guided term of the distillation; 0 leaves the regression on pairs.
         first_step: who goes the first part of the guide's two steps: the `student` (public code) or the `guide` (the
@@ -36,7 +36,7 @@ class SlimFlowConfig(RectifiedFlowConfig):
 
     anneal_steps: int = 300_000
     anneal: Literal["linear", "cosine"] = "linear"
-    random_flip: bool = True
+    flip_pairs: bool = True
     guided_weight: float = 1.0
     first_step: Literal["student", "guide"] = "student"
     min_elapsed: float = 0.2
@@ -88,7 +88,7 @@ class SlimFlow(RectifiedFlow):
 
     def coupled(self, batch: Batch, ctx: Context) -> tuple[Tensor, Tensor]:
         noise, x0 = batch.pairs()
-        if self.config.random_flip:
+        if self.config.flip_pairs:
             mirror = broadcast_to(ctx.random.bernoulli("flip", 0.5), x0)
             noise, x0 = (torch.where(mirror, one.flip(-1), one) for one in (noise, x0))
         if self.config.objective == "distill":
