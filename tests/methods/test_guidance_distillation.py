@@ -1,4 +1,4 @@
-"""Guidance distillation (arXiv 2210.03142): the guided law in closed form, fixed and told guidance, both kinds of states."""
+"""Guidance distillation (arXiv 2210.03142): the guided law in closed form, fixed and told guidance, states."""
 
 from __future__ import annotations
 

@@ -32,7 +32,7 @@ class GuidanceInput(Method):
 
     @property
     def sampling_guidance(self) -> float:
-        """What a pipeline is called with: 0 where guidance is baked in, the middle of the range where it is an input."""
+        """What a pipeline is called with: 0 where guidance is baked in, else the middle of the range."""
         return 0.0 if self.config.guidance_range is None else sum(self.config.guidance_range) / 2
 
     def guidance(self, ctx: Context) -> float | Tensor:

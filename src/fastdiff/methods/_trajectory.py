@@ -89,7 +89,7 @@ class Pair:
 
 
 class Trajectory(Method):
-    """Consistency along the teacher's trajectory. A method overrides the smallest of `end`, `reach`, `solve`, `inputs`."""
+    """Consistency along the teacher's trajectory. A method overrides `end`, `reach`, `solve` or `inputs`."""
 
     config: TrajectoryConfig
 

@@ -1,4 +1,4 @@
-"""Maps to any end of the trajectory: CTM (Kim et al. 2023, arXiv 2310.02279) and TCD (Zheng et al. 2024, 2402.19159)."""
+"""Maps to any end of the trajectory: CTM (Kim et al. 2023, arXiv 2310.02279), TCD (Zheng et al. 2024, 2402.19159)."""
 
 from __future__ import annotations
 
@@ -70,8 +70,8 @@ class CTM(Trajectory):
 
     and with `compare_at` clean both arguments of d are first mapped to the clean end by G^-, with gradient through the
     left one's input. s = 0 always is consistency distillation. s enters by a zero-initialised layer beside the time
-    embedding, which LoRA files cannot carry. Sampling in one step, or with eta = 1, always ends at the clean end: there
-    the student is exported as an ordinary one. With other samplers s changes from step to step, which stock pipelines
+    embedding, which LoRA files cannot carry. Steps of a one-step sampler, or with eta = 1, all end clean: there the
+    student is exported as an ordinary one. With other samplers s changes from step to step, which stock pipelines
     cannot feed: such students are sampled in process.
     """
 

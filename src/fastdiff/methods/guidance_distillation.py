@@ -1,4 +1,4 @@
-"""One network call instead of guidance's two (Meng et al. 2022, arXiv 2210.03142; as a LoRA, Golnari 2023, 2312.06899)."""
+"""One network call instead of guidance's two (Meng et al. 2022, arXiv 2210.03142; LoRA: Golnari 2023, 2312.06899)."""
 
 from __future__ import annotations
 

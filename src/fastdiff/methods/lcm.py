@@ -49,7 +49,7 @@ class LCM(GuidanceInput, Trajectory):
         x_{t_{n-1}} = DDIM step of the guided teacher,   L = huber(f(x_{t_n}, t_n), sg f^-(x_{t_{n-1}}, t_{n-1})),
 
     with tau = timestep_scaling_factor * t and s = 0.5. Everything but the first f is detached. On a flow, where every
-    map is x at t = 0 by itself, c_skip = 0, c_out = 1 and t_0 is the clean end, as in diffusers' FlowMatchLCMScheduler.
+    map is x at t = 0 by itself, c_skip = 0, c_out = 1 and t_0 is the clean end, as FlowMatchLCMScheduler has it.
     """
 
     info = MethodInfo(

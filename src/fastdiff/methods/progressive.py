@@ -30,8 +30,8 @@ class ProgressiveConfig:
         stage_teacher: `teacher` for the first stage; `previous` for the student that the run started from.
         guidance_scale: w of the teacher, 1 means none; only the first stage guides, later ones have it baked in.
         first_timestep: index of the first step. 999 divides into 8, 4, 2, 1 steps; 991 also into 32 and 16.
-        loss_weight: of the squared error of clean samples: max(SNR, 1), or SNR + 1 (the error of v). The plain error of
-            the noise would not count at the first step.
+        loss_weight: of the squared error of clean samples: max(SNR, 1), or SNR + 1 (the error of v). The plain error
+            of the noise would not count at the first step.
     """
 
     num_inference_steps: int = 8
@@ -51,8 +51,8 @@ class ProgressiveConfig:
             theirs = list(_starts(len(own), self.first_timestep))
             if own != theirs:
                 raise ValueError(
-                    f"this stage would ask its teacher at {own}, but it was trained at {theirs}: give a first_timestep "
-                    "that all stages divide, such as 991 for 32, 16, 8, 4, 2, 1 steps"
+                    f"this stage would ask its teacher at {own}, but it was trained at {theirs}: give a "
+                    "first_timestep that all stages divide, such as 991 for 32, 16, 8, 4, 2, 1 steps"
                 )
 
 
@@ -62,7 +62,8 @@ class Progressive(Method):
     From z_t, noised data at a time t of the student's grid, the teacher steps to z'' at the next time t''. The only
     clean prediction whose DDIM step goes there is
 
-        x~ = (z'' - (sigma''/sigma_t) z_t) / (alpha'' - (sigma''/sigma_t) alpha_t),   L = w(t) mean (x~ - x0_S(z_t, t))^2.
+        x~ = (z'' - (sigma''/sigma_t) z_t) / (alpha'' - (sigma''/sigma_t) alpha_t),
+        L = w(t) mean (x~ - x0_S(z_t, t))^2.
     """
 
     info = MethodInfo(

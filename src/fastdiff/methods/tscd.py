@@ -54,8 +54,8 @@ class TSCDConfig(AdversarialTrajectoryConfig):
         check_positive(num_inference_steps=self.steps)
         if self.steps % self.num_segments:
             raise ValueError(
-                f"num_inference_steps {self.steps} does not visit the edges of {self.num_segments} segments, which no map "
-                "crosses: give a multiple of num_segments"
+                f"num_inference_steps {self.steps} does not visit the edges of {self.num_segments} segments, which no "
+                "map crosses: give a multiple of num_segments"
             )
         if not 0 <= self.eta <= 1:
             raise ValueError(f"eta must be in [0, 1], got {self.eta}")
@@ -80,8 +80,8 @@ class TSCD(AdversarialTrajectory):
 
     x_{t_{n-1}} by a DDIM step of the guided teacher, J^- the averaged student (the live one for a LoRA). In the last
     stage the student's sample from pure noise also follows the gap of the teacher's and a fake score (DMD), while
-    consistency keeps the same weights good for more steps: one unified LoRA. t_end = t_b always would be PCM, one segment
-    is TCD.
+    consistency keeps the same weights good for more steps: one unified LoRA. t_end = t_b always would be PCM, one
+    segment is TCD.
     """
 
     info = MethodInfo(
