@@ -301,7 +301,9 @@ def test_a_few_steps_train_and_leave_the_teacher_alone(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "method", [RectifiedFlow(RectifiedFlowConfig()), RFPP(RFPPConfig(perceptual_weight=0.0)), KD(KDConfig())], ids=str
+    "method",
+    [RectifiedFlow(RectifiedFlowConfig()), RFPP(RFPPConfig(perceptual_weight=0.0)), KD(KDConfig())],
+    ids=lambda method: method.info.name,
 )
 def test_adapters_train_on_a_real_network_and_its_weights_get_no_gradient(method, tiny_sd, tmp_path):
     generator = torch.Generator().manual_seed(0)
