@@ -55,7 +55,8 @@ def test_sizes_are_read_in_both_units():
     [
         (["--memory", "24"], "such as 24GB"),
         (["--gpus", "0"], "at least 1"),
-        (["train_batch_size"], "name=value"),
+        (["train_batch_size"], "unknown argument 'train_batch_size'"),
+        (["train_batch_sise=1"], "Did you mean 'train_batch_size'"),
         (["--like", "sd9"], "--like sd15|sd21|sdxl"),
     ],
 )

@@ -12,7 +12,7 @@ from fastdiff.models.teacher import Teacher
 from fastdiff.planning.blueprint import blueprint_of
 from fastdiff.planning.teacher import PlannedTeacher
 from fastdiff.planning.tracker import ACTIVATIONS, MemoryTracker
-from fastdiff.planning.walk import AVERAGE, ENCODERS, FROZEN, GRADIENTS, OPTIMIZER, TRAINED, batch_of, walk
+from fastdiff.planning.walk import AVERAGE, BETWEEN, ENCODERS, FROZEN, GRADIENTS, OPTIMIZER, TRAINED, batch_of, walk
 
 MIB = 2**20
 
@@ -88,13 +88,30 @@ def test_states_are_what_arithmetic_says(tiny_sd, tiny_sd_folder):
     adapter = 4 * sum(p.numel() for p in roles.parameters("student"))
     encoders = 4 * sum(p.numel() for part in (tiny_sd.vae, tiny_sd.text_encoder) for p in part.parameters())
     split = phases["fake_score"]
-    assert set(phases) == {"student", "fake_score", "preview"}
+    assert set(phases) == {"student", "fake_score", "prompts", "sample", "decode"}
     assert split[FROZEN] == frozen
     assert split[TRAINED] == 2 * adapter
     assert split[AVERAGE] == adapter
     assert split[ENCODERS] == encoders
     assert 4 * adapter <= split[OPTIMIZER] < 4.2 * adapter  # and fused Adam's step counts
     assert split[GRADIENTS] <= adapter  # none yet where the end of the forward is the fullest moment
+
+
+def test_a_low_precision_critic_holds_four_bytes_a_weight_and_offloaded_encoders_none(tiny_sd, tiny_sd_folder):
+    low = {"fake_score": "full", "fake_score_dtype": "bf16", "fake_score_in_backward": True, "mixed_precision": "bf16"}
+    blueprint = blueprint_of(str(tiny_sd_folder))
+    walked = walk(DMD2(DMD2Config()), blueprint, settings(**low), frozen_dtype=torch.bfloat16, offloaded=True)
+    critic = sum(parameter.numel() for parameter in tiny_sd.unet.parameters())
+    student, split = walked.sizes["student"], walked.phases["fake_score"]
+    assert walked.sizes["fake_score"] == critic
+    assert split[FROZEN] == 2 * critic
+    assert split[TRAINED] == 2 * critic + 4 * student
+    blocks = len(list(tiny_sd.unet.parameters()))  # each tensor's last block of moments may be partly empty
+    assert (
+        0 <= split[OPTIMIZER] - 8 * student - 2 * critic * (1 + 4 / 256) < blocks * 520 + 4 * len(walked.sizes) * 512
+    )
+    assert walked.buffer == 4 * student and walked.exchanged["fake_score"] == 2 * critic
+    assert split[GRADIENTS] == 0 == split[ENCODERS] and walked.phases["decode"][ENCODERS] > 0
 
 
 @pytest.mark.parametrize(
@@ -108,7 +125,7 @@ def test_states_are_what_arithmetic_says(tiny_sd, tiny_sd_folder):
 def test_fake_tensors_predict_what_real_ones_take(tiny_sd, tiny_sd_folder, tmp_path, method, changes):
     """The same tracker over the same step with real values: the planner's only difference is that nothing is there."""
     phases = walk(method, blueprint_of(str(tiny_sd_folder)), settings(**changes)).phases
-    planned = max(phases[name].total() - phases[name][ENCODERS] for name in phases if name != "preview")
+    planned = max(phases[name].total() - phases[name][ENCODERS] for name in phases if name not in BETWEEN)
 
     tracker = MemoryTracker()
     teacher = Teacher(tiny_sd)

@@ -16,14 +16,14 @@ if TYPE_CHECKING:
 HELP = "predict a recipe's peak memory, without weights or GPU"
 DESCRIPTION = """Walks through the recipe's heaviest steps on tensors without values. Options of the recipe can be
 overridden as in `fastdiff distill`: fastdiff plan recipe.yaml --memory 24GB train_batch_size=2."""
+_OVERRIDE = re.compile(r"[A-Za-z_][A-Za-z_0-9]*=")
 _UNITS = {"MB": 10**6, "GB": 10**9, "MIB": 2**20, "GIB": 2**30}
 
 
 def main(arguments: list[str]) -> int:
     """Prints the plan; 1 where it does not fit into `--memory`."""
-    parser = Parser("plan", DESCRIPTION)
-    parser.add_argument("recipe", help="YAML recipe")
-    parser.add_argument("overrides", nargs="*", metavar="name=value", help="options to override")
+    parser = Parser("plan", DESCRIPTION, usage="fastdiff plan recipe.yaml [name=value ...] [options]")
+    parser.add_argument("recipe", help="YAML recipe; name=value after it overrides its options")
     parser.add_argument("--gpus", type=int, default=1, help="devices, each with all weights [1]")
     parser.add_argument(
         "--memory", help="of one device, such as 24GB or 22GiB; says what to change if it is too small"
@@ -32,14 +32,19 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--cached", action="store_true", help="images are encoded beforehand (`fastdiff cache`)")
     parser.add_argument("--scale", action="store_true", help="also a table from 1 to 256 devices, on paper")
     parser.add_argument("--json", action="store_true", help="all numbers, in bytes")
-    flags = parser.parse_all(arguments)
+    overrides = [text for text in arguments if _OVERRIDE.match(text)]
+    flags = parser.parse_all([text for text in arguments if text not in overrides])
     if flags.gpus < 1:
         raise RecipeError(f"--gpus must be at least 1, got {flags.gpus}")
     memory = None if flags.memory is None else read_size(flags.memory)
 
+    import yaml
+
     from fastdiff.recipes.recipe import resolve
 
-    recipe = resolve(dict(_override(text) for text in flags.overrides), flags.recipe)
+    recipe = resolve(
+        {name: yaml.safe_load(value) for name, value in (text.split("=", 1) for text in overrides)}, flags.recipe
+    )
     show_progress_only()
     from fastdiff.planning.advice import advise
     from fastdiff.planning.plan import plan_recipe, plan_stages
@@ -74,15 +79,6 @@ def read_size(text: str) -> int:
     return round(float(found[1]) * _UNITS[found[2].upper()])
 
 
-def _override(text: str) -> tuple[str, Any]:
-    import yaml
-
-    name, separator, value = text.partition("=")
-    if not separator:
-        raise RecipeError(f"override {text!r} must be name=value, e.g. train_batch_size=2")
-    return name, yaml.safe_load(value)
-
-
 def _values(plans: list[Plan], taken: list[Lever], changed: Plan | None, memory: int | None) -> dict[str, Any]:
     return {
         "memory": memory,
@@ -111,7 +107,7 @@ def _text(plans: list[Plan], taken: list[Lever], changed: Plan | None, memory: i
 
 def _table(plan: Plan) -> list[str]:
     head = f"{plan.method} on {plan.teacher}, {plan.resolution} px, batch {plan.batch}, {plan.gpus} device(s)"
-    kinds = [kind for kind in plan.split if any(split.get(kind) for split in plan.phases.values())]
+    kinds = list(dict.fromkeys(kind for split in plan.phases.values() for kind, size in split.items() if size))
     width = max(map(len, [*kinds, "context and margin", "peak of tensors"]))
     columns = [f"{name:>16}" for name in plan.phases]
     rows = [f"{'GiB':{width}}  {'  '.join(columns)}"]

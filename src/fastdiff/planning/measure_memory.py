@@ -91,12 +91,12 @@ def predict(name: str) -> dict[str, Any]:
     """The planner's number for the same steps."""
     import torch
 
-    from fastdiff.planning.walk import ENCODE, ENCODERS, PREVIEW, walk
+    from fastdiff.planning.walk import BETWEEN, ENCODERS, walk
 
     case = CASES[name]
     method, settings = _method_and_settings(case, ".")
     phases = walk(method, case.blueprint(), settings, frozen_dtype=torch.bfloat16).phases
-    splits = [split for phase, split in phases.items() if phase not in (PREVIEW, ENCODE)]
+    splits = [split for phase, split in phases.items() if phase not in BETWEEN]
     best = max(splits, key=lambda split: split.total() - split[ENCODERS])
     split = {kind: size for kind, size in best.items() if kind != ENCODERS}
     return {"predicted": sum(split.values()), "split": split}

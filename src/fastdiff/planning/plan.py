@@ -132,8 +132,7 @@ def _exchange(walked: Walk) -> dict[str, Counter[str]]:
     """After backward activations are gone, and the gradients lie in one flat buffer as well."""
     fullest = max(walked.phases.values(), key=lambda split: split.total() - split[ACTIVATIONS])
     kept = Counter({kind: fullest[kind] for kind in KINDS if kind not in (ACTIVATIONS, GRADIENTS)})
-    most = max(walked.exchanged.values())
-    return {EXCHANGE: kept + Counter({GRADIENTS: most, EXCHANGE: most})}
+    return {EXCHANGE: kept + Counter({GRADIENTS: walked.buffer, EXCHANGE: walked.buffer})}
 
 
 def _resolution(blueprint: Blueprint) -> int:

@@ -36,7 +36,7 @@ def scale(plan: Plan, devices: Sequence[int] = DEVICES) -> list[Scale]:
     exchanged, largest = sum(plan.walked.exchanged.values()), plan.walked.largest_block
     state = sum(plan.split.get(kind, 0) for kind in _STATE)
     rest, extra = plan.tensors - state, plan.needed - plan.tensors
-    buffers = state + max(plan.walked.exchanged.values()) + extra
+    buffers = state + plan.walked.buffer + extra
     rows = []
     for count in devices:
         moved = (count - 1) / count

@@ -54,9 +54,14 @@ class MemoryTracker(TorchDispatchMode):
                 self._add(tensor, kind)
 
     def mark_gradients(self, kind: str, parameters: Iterable[nn.Parameter]) -> None:
-        """Marks each gradient as soon as backward has written it."""
+        """Marks each gradient as soon as backward has written it, where no step inside backward has dropped it."""
+
+        def written(owner: nn.Parameter) -> None:
+            if owner.grad is not None:
+                self.mark(kind, [owner.grad])
+
         for parameter in parameters:
-            parameter.register_post_accumulate_grad_hook(lambda owner: self.mark(kind, [owner.grad]))
+            parameter.register_post_accumulate_grad_hook(written)
 
     @property
     def peak(self) -> tuple[str, Counter[str]]:

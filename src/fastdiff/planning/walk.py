@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import tempfile
+import warnings
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
@@ -19,6 +20,7 @@ from fastdiff.data import PromptData
 from fastdiff.diffusion.schedules import schedule_from_config
 from fastdiff.engine import Settings, Trainer
 from fastdiff.methods import Batch, Method, Update
+from fastdiff.models.roles import TEACHER
 from fastdiff.planning.blueprint import Blueprint
 from fastdiff.planning.teacher import PlannedTeacher
 from fastdiff.planning.tracker import ACTIVATIONS, MemoryTracker
@@ -26,7 +28,11 @@ from fastdiff.planning.tracker import ACTIVATIONS, MemoryTracker
 FROZEN, TRAINED, GRADIENTS, OPTIMIZER = "frozen weights", "trained weights", "gradients", "optimizer"
 AVERAGE, ENCODERS = "average", "text encoders and autoencoder"
 KINDS = (FROZEN, TRAINED, GRADIENTS, OPTIMIZER, AVERAGE, ENCODERS, ACTIVATIONS)
-PREVIEW, ENCODE = "preview", "encode"
+PROMPTS, SAMPLE, DECODE, ENCODE = "prompts", "sample", "decode", "encode"
+BETWEEN = (PROMPTS, SAMPLE, DECODE, ENCODE)
+"""Phases between steps."""
+_VALIDATED, _SHOWN = 16, 8
+"""Samples at a time in validations and in previews."""
 _HORIZON = 64
 """Steps that are searched for turns of every kind; update ratios are far smaller."""
 
@@ -51,6 +57,7 @@ class Walk:
     Args:
         phases: the fullest moment of each phase, bytes by kind (`KINDS`).
         exchanged: bytes of the gradients of each update, which several devices average.
+        buffer: bytes of the largest flat buffer in which they do.
         gathered: bytes of network weights that pass by in a step: a network's own for each forward and each backward.
         largest_block: bytes of the largest block of a network.
         sizes: weights of each trained group.
@@ -58,6 +65,7 @@ class Walk:
 
     phases: dict[str, Counter[str]]
     exchanged: dict[str, int]
+    buffer: int
     gathered: int
     largest_block: int
     sizes: dict[str, int]
@@ -74,8 +82,9 @@ def walk(
 ) -> Walk:
     """Takes the steps.
 
-    Phases are the updates of the method by name, `preview` (one image decoded) and, unless `cached`, `encode` (images
-    to latents). A decoder that an update needs stays on the device even if `offloaded`; it is not counted then.
+    Phases are the updates of the method by name, and between steps `prompts` (text encoders at work), `sample` (a
+    network call of a validation), `decode` (one image) and, unless `cached`, `encode` (images to latents). A decoder
+    that an update needs stays on the device even if `offloaded`; it is not counted then.
     Kernels' own workspaces and the allocator's fragmentation are not in it.
     """
     schedule = schedule_from_config(dict(blueprint.scheduler))
@@ -101,23 +110,18 @@ def walk(
                 tracker.phase = None
                 moved.append(gathered.total())
                 tracker.mark(OPTIMIZER, _optimizer_tensors(trainer))
-            tracker.start(PREVIEW)
-            with torch.no_grad():
-                trainer.teacher.decode(torch.zeros(1, *trainer.batches.latent_shape))
-                if not cached and method.needs() != "prompts":
-                    tracker.start(ENCODE)
-                    trainer.teacher.encode_images(_images(trainer, settings.train_batch_size))
+            _between_steps(tracker, trainer, images=not cached and method.needs() != "prompts")
             encoders = teacher.text_encoder_bytes
-            exchanged = {
-                update.name: sum(_size(trainer.optimizers[group].parameters) for group in update.trains)
-                for step in _steps(method)
-                for update in method.updates(step)
-            }
+            updates = [update for step in _steps(method) for update in method.updates(step)]
+            gradients = {name: _size(one.parameters) for name, one in trainer.optimizers.items()}
+            exchanged = {update.name: sum(gradients[group] for group in update.trains) for update in updates}
+            kept = [name for name, one in trainer.optimizers.items() if not one.in_backward]
+            buffer = max(sum(gradients[group] for group in update.trains if group in kept) for update in updates)
             sizes = {name: sum(p.numel() for p in one.parameters) for name, one in trainer.optimizers.items()}
             largest = max(_size(block.parameters()) for block in _blocks(teacher.network))
     for phase, peak in tracker.peaks.items():
         peak[ENCODERS] = _encoders_in(phase, peak[ENCODERS], encoders, offloaded)
-    return Walk(tracker.peaks, exchanged, max(moved), largest, sizes)
+    return Walk(tracker.peaks, exchanged, buffer, max(moved), largest, sizes)
 
 
 def _count_gathered(trainer: Trainer) -> Counter[str]:
@@ -148,7 +152,23 @@ def _encoders_in(phase: str, autoencoder: int, text_encoders: int, offloaded: bo
     """Bytes on the device; offloaded parts are there while they work only, and never together."""
     if not offloaded:
         return autoencoder + text_encoders
-    return max(autoencoder, text_encoders) if phase in (PREVIEW, ENCODE) else 0
+    return {PROMPTS: text_encoders, DECODE: autoencoder, ENCODE: autoencoder}.get(phase, 0)
+
+
+@torch.no_grad()
+def _between_steps(tracker: MemoryTracker, trainer: Trainer, images: bool) -> None:
+    """What previews and validations do, one network call of each kind, and the encoding of a batch of images."""
+    settings, shape = trainer.settings, trainer.batches.latent_shape
+    rows = _VALIDATED if settings.validation_samples else _SHOWN
+    tracker.start(PROMPTS)
+    cond = trainer.teacher.encode(["a prompt"] * rows, trainer.batches.resolution)
+    tracker.start(SAMPLE)
+    trainer.networks.denoiser(torch.randn(rows, *shape), torch.zeros(rows), cond, TEACHER)
+    tracker.start(DECODE)
+    trainer.teacher.decode(torch.zeros(1, *shape))
+    if images:
+        tracker.start(ENCODE)
+        trainer.teacher.encode_images(_images(trainer, settings.train_batch_size))
 
 
 @contextlib.contextmanager
@@ -166,7 +186,9 @@ def _replaced_on_conversion() -> Iterator[None]:
             module._buffers[name] = None if buffer is None else fn(buffer)
         return module
 
-    with mock.patch.object(nn.Module, "_apply", convert):
+    with mock.patch.object(nn.Module, "_apply", convert), warnings.catch_warnings():
+        # Copying a module asks each parameter where it lies, which a fake one answers under protest.
+        warnings.filterwarnings("ignore", message="Accessing the data pointer of FakeTensor")
         yield
 
 
