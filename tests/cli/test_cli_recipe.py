@@ -112,7 +112,7 @@ def test_tables_agree():
     [
         ({"learing_rate": 1}, "Did you mean 'learning_rate'"),
         ({"huber_c": 1}, "belongs to method lcm"),
-        ({"method": "dmd"}, "Did you mean 'dmd2'"),
+        ({"method": "dmdd2"}, "Did you mean 'dmd2'"),
         ({"seed": "many"}, "seed must be a whole number, got 'many'"),
         ({"train_batch_size": 1.5}, "whole number"),
         ({"learning_rate": math.nan}, "learning_rate must be a finite number"),
