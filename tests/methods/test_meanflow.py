@@ -13,7 +13,6 @@ from fastdiff.engine import Trainer
 from fastdiff.engine.networks import build_networks
 from fastdiff.methods._flow_map import (
     adaptive_distance,
-    clean_time,
     end_input,
     noise_share,
     noise_share_rate,
@@ -101,9 +100,9 @@ def test_shares_and_times_are_inverse_and_the_rate_is_their_derivative(schedule)
     h = 1e-7 * (schedule.t_max - schedule.t_min)
     slope = (noise_share(schedule, t + h) - noise_share(schedule, t)) / h
     torch.testing.assert_close(1 / noise_share_rate(schedule, t), slope, rtol=1e-4, atol=1e-9)
-    assert time_of_share(schedule, f64([0.0])).item() == clean_time(schedule)
-    assert noise_share(schedule, f64(clean_time(schedule))) == 0
-    assert noise_share_rate(schedule, f64([clean_time(schedule), schedule.t_max])).isfinite().all()
+    assert time_of_share(schedule, f64([0.0])).item() == schedule.t_clean
+    assert noise_share(schedule, f64(schedule.t_clean)) == 0
+    assert noise_share_rate(schedule, f64([schedule.t_clean, schedule.t_max])).isfinite().all()
 
 
 def test_between_the_first_index_and_the_clean_end_shares_grow_from_zero():

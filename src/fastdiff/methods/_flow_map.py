@@ -33,18 +33,13 @@ def noise_share_rate(schedule: NoiseSchedule, t: Tensor) -> Tensor:
     return (alpha + sigma) ** 2 / (alpha * schedule.d_sigma(t) - sigma * schedule.d_alpha(t))
 
 
-def clean_time(schedule: NoiseSchedule) -> float:
-    """The time without noise, at which a jump can end but no network is called."""
-    return float(schedule.time_of_index(CLEAN_INDEX))
-
-
 def time_of_share(schedule: NoiseSchedule, share: Tensor) -> Tensor:
     """Times from the clean one to the schedule's last whose share is about `share`, clamped there.
 
     Between the clean end of a table and its first index the share grows linearly; the exact share of what is
     returned is `noise_share` of it.
     """
-    clean, times = clean_time(schedule), schedule.time_of_kappa(share / (1 - share))
+    clean, times = schedule.t_clean, schedule.time_of_kappa(share / (1 - share))
     if schedule.t_min <= clean:
         return times
     first = noise_share(schedule, torch.full_like(share, schedule.t_min))

@@ -61,6 +61,11 @@ class NoiseSchedule(ABC):
     def time_of_kappa(self, kappa: Tensor | float) -> Tensor:
         """Inverse of ``kappa``, clamped to ``[t_min, t_max]``; infinity is allowed."""
 
+    @property
+    def t_clean(self) -> float:
+        """Where index -1 lies: the time of least noise, at which a jump can end; a table is called at ``t_min`` first."""
+        return self.t_min
+
     def time_of_index(self, index: Tensor | float) -> Tensor:
         """The time numbered ``index``, 0 .. indices - 1; the last is ``t_max``."""
         share = (as_times(index) + 1) / self.indices

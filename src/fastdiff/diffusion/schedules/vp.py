@@ -33,6 +33,7 @@ class VPSchedule(NoiseSchedule):
     """
 
     t_min = 0.0
+    t_clean = -1.0
 
     def __init__(self, alphas_cumprod: Tensor | Sequence[float]) -> None:
         table = torch.as_tensor(alphas_cumprod, dtype=torch.float64, device="cpu")
