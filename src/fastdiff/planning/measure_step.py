@@ -20,7 +20,7 @@ from fastdiff.planning.blueprint import Blueprint, blueprint_of
 from fastdiff.planning.teacher import PlannedTeacher
 from fastdiff.planning.walk import PlannedProcess, batch_of
 
-MIDDLE = {"block_out_channels": [96, 192, 384], "attention_head_dim": 8, "layers_per_block": 1, "sample_size": 32} | {
+MIDDLE = {"block_out_channels": [128, 256, 512], "attention_head_dim": 8, "layers_per_block": 1, "sample_size": 32} | {
     "down_block_types": ["CrossAttnDownBlock2D"] * 2 + ["DownBlock2D"],
     "up_block_types": ["UpBlock2D"] + ["CrossAttnUpBlock2D"] * 2,
 }
