@@ -50,6 +50,7 @@ def test_step_times_come_in_pairs(method):
     assert row["step_seconds"] > 0 and row["bare_seconds"] > 0 and row["ratio"] > 0.5
 
 
+@pytest.mark.slow
 def test_memory_is_measured_in_a_fresh_process(tmp_path, capsys):
     output = tmp_path / "memory.json"
     assert main(["bench", "memory", "--case", "tiny-lora", "--output", str(output)]) == 0

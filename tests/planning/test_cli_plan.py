@@ -25,6 +25,7 @@ def recipe(tiny_sd_folder, tmp_path):
     return path
 
 
+@pytest.mark.slow
 def test_a_plan_that_does_not_fit_says_what_to_change(recipe, capsys, tmp_path):
     assert main(["plan", str(recipe), "--memory", "520MB", "--json"]) == 1
     values = json.loads(capsys.readouterr().out)

@@ -97,6 +97,7 @@ def test_states_are_what_arithmetic_says(tiny_sd, tiny_sd_folder):
     assert split[GRADIENTS] <= adapter  # none yet where the end of the forward is the fullest moment
 
 
+@pytest.mark.slow
 def test_a_low_precision_critic_holds_four_bytes_a_weight_and_offloaded_encoders_none(tiny_sd, tiny_sd_folder):
     low = {"fake_score": "full", "fake_score_dtype": "bf16", "fake_score_in_backward": True, "mixed_precision": "bf16"}
     blueprint = blueprint_of(str(tiny_sd_folder))
@@ -139,6 +140,7 @@ def test_fake_tensors_predict_what_real_ones_take(tiny_sd, tiny_sd_folder, tmp_p
     assert planned == pytest.approx(tracker.peak[1].total(), rel=0.02)
 
 
+@pytest.mark.slow
 def test_levers_move_what_they_should(tiny_sd_folder):
     blueprint = blueprint_of(str(tiny_sd_folder))
 
