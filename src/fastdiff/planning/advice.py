@@ -54,7 +54,9 @@ def levers(recipe: Recipe, plan: Plan) -> Iterator[Lever]:
     """Changes that are not made yet."""
     values, sizes, split = recipe.values, plan.walked.sizes, plan.split
     info, critics = method_named(recipe.method).info, method_named(recipe.method).critics
-    activations, critic = split.get(ACTIVATIONS, 0), sum(sizes.get(name, 0) for name in critics)
+    # The plan may be of a larger batch, where a change before this one has halved it.
+    activations = split.get(ACTIVATIONS, 0) * values["train_batch_size"] // plan.batch
+    critic = sum(sizes.get(name, 0) for name in critics)
     if not values["gradient_checkpointing"]:
         saving = round(_CHECKPOINTED * activations)
         yield Lever("--gradient_checkpointing", "about a third more time", {"gradient_checkpointing": True}, saving)
