@@ -94,15 +94,6 @@ def test_float32_is_accurate_at_low_noise(latents, sd, randn):
     torch.testing.assert_close(rounded.double(), exact, rtol=0, atol=2e-5)
 
 
-def test_large_batches_are_split_without_a_trace(latents, sd, randn, monkeypatch):
-    x, kernel = randn(50, 2, 2, 2), KernelTeacher(latents, GROUPS, 0.2)
-    t = torch.arange(50) * 20
-    whole, modes = kernel.denoise(x, t, sd), kernel.nearest_mode(x)
-    monkeypatch.setattr("fastdiff.diffusion.kernel._CHUNK", 200)
-    torch.testing.assert_close(kernel.denoise(x, t, sd), whole, rtol=1e-14, atol=1e-14)
-    assert torch.equal(kernel.nearest_mode(x), modes)
-
-
 def test_no_waiting_for_the_device(kernel, sd):
     x = torch.empty(4, 2, 2, 2, device="meta")
     labels = torch.empty(4, dtype=torch.int64, device="meta")

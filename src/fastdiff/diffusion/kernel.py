@@ -13,7 +13,6 @@ from .tensors import DeviceTable, compute_dtype
 __all__ = ["NULL_LABEL", "KernelTeacher"]
 
 NULL_LABEL = -1  # the label that stands for no condition
-_CHUNK = 1 << 24  # differences held at once (64 MB), so that thousands of samples can be assigned to modes
 
 
 class KernelTeacher:
@@ -56,7 +55,7 @@ class KernelTeacher:
         alpha, sigma = schedule.levels(t, flat)
         variance = alpha**2 * self.bandwidth**2 + sigma**2
         logits = -self._squared_distances(flat, alpha) / (2 * variance)
-        share = torch.softmax(logits.masked_fill(self._excluded(labels, flat), -torch.inf), dim=1)
+        share = torch.softmax(logits.masked_fill(self._excluded(labels, flat), -torch.inf), dim=1).to(flat.dtype)
         pull = alpha * self.bandwidth**2 / variance  # weight of the sample itself, beside its modes' centres
         centre = share @ self._modes.like(flat)
         return (centre + pull * (flat - alpha * centre)).reshape(x_t.shape)
@@ -105,15 +104,11 @@ class KernelTeacher:
         return expected, observed.reshape(expected.shape)
 
     def _squared_distances(self, flat: Tensor, alpha: Tensor | float) -> Tensor:
-        """(B, N) of |x - alpha x_i|^2, from differences: expanding the square would cancel at low noise."""
-        modes = self._modes.like(flat)
-        scale = torch.as_tensor(alpha, dtype=flat.dtype).expand(len(flat), 1)
-        rows = max(1, _CHUNK // modes.numel())
-        parts = [
-            (x[:, None, :] - a[:, :, None] * modes).square().sum(-1)
-            for x, a in zip(flat.split(rows), scale.split(rows))
-        ]
-        return torch.cat(parts)
+        """(B, N) of |x - alpha x_i|^2; the expanded square is a matrix product, in float64 since it cancels."""
+        flat, modes = flat.double(), self._modes.on(flat.device)
+        alpha = torch.as_tensor(alpha, dtype=torch.float64, device=flat.device)
+        own, theirs = flat.square().sum(1, keepdim=True), modes.square().sum(1)
+        return (own - 2 * alpha * (flat @ modes.T) + alpha**2 * theirs).clamp_min(0)
 
     def _excluded(self, labels: Tensor | None, like: Tensor) -> Tensor:
         """(B, N), or (1, N) without labels: True for modes outside a sample's group."""
