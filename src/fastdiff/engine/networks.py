@@ -53,7 +53,7 @@ def build_networks(method: Method, teacher: TeacherLike, settings: Settings, sco
         denoiser = Denoiser(
             roles,
             teacher.family,
-            teacher.schedule,
+            teacher.schedule_at(settings.resolution or teacher.default_resolution),
             teacher.prediction_type,
             torch.bfloat16 if settings.mixed_precision == "bf16" else _weight_dtype(teacher.network),
             one_call=not settings.split_roles,

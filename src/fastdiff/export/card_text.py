@@ -162,7 +162,11 @@ def experts_snippet(facts: Facts) -> str:
 
 
 def _call(facts: Facts) -> str:
-    return ", ".join(f"{name}={value:g}" for name, value in facts.sampler.call_arguments().items())
+    arguments = facts.sampler.call_arguments()
+    levels = (
+        [f"sigmas=[{', '.join(f'{level:.6g}' for level in arguments.pop('sigmas'))}]"] if facts.sampler.sigmas else []
+    )
+    return ", ".join([*(f"{name}={value:g}" for name, value in arguments.items()), *levels])
 
 
 def _python(*lines: str) -> str:

@@ -40,7 +40,7 @@ class PlannedTeacher:
         self.autoencoder = _shapes(blueprint.autoencoder)
         if autoencoder:
             _with_memory(self.autoencoder)
-        self.codec = Codec(self.autoencoder)
+        self.codec: Codec = self.family.codec(self.autoencoder)
 
     @torch.no_grad()
     def fill(self, seed: int = 0) -> None:
@@ -54,7 +54,11 @@ class PlannedTeacher:
 
     @property
     def default_resolution(self) -> int:
-        return self.network.config.sample_size * self.codec.factor
+        return self.family.sample_size(self.network) * self.codec.factor
+
+    def schedule_at(self, resolution: int) -> NoiseSchedule:
+        """The schedule given; its shift costs no memory."""
+        return self.schedule
 
     def latent_shape(self, resolution: int) -> tuple[int, int, int]:
         return (self.codec.channels, resolution // self.codec.factor, resolution // self.codec.factor)
