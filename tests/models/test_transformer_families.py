@@ -18,7 +18,7 @@ from fastdiff.models.sampler import SamplerSpec, sample
 from fastdiff.models.teacher import Teacher
 
 NAMES = [builder.__name__ for builder in BUILDERS]
-PROMPTS = ["a red apple", "b"]
+PROMPTS = ("a red apple", "b")
 PIXELS = 32
 
 
@@ -51,7 +51,7 @@ def stock_sample(pipeline, steps: int, z: torch.Tensor, **call):
     family = family_of(type(pipeline).__name__)
     layout = family.sampling_arguments(family.encode_prompts(pipeline, PROMPTS, PIXELS), z, PIXELS)
     kept = {name: layout[name] for name in ("latents", "height", "width", "use_resolution_binning") if name in layout}
-    made = pipeline(PROMPTS, num_inference_steps=steps, output_type="latent", **kept, **call).images
+    made = pipeline(list(PROMPTS), num_inference_steps=steps, output_type="latent", **kept, **call).images
     return family.sampled(made, z)
 
 
@@ -75,7 +75,7 @@ GUIDED = {
     "sana": {"guidance_scale": 4.0},
     "z_image": {"guidance_scale": 3.0},
 }
-PLAIN = dict.fromkeys(NAMES, {"guidance_scale": 0.0}) | {"flux": {}, "qwen_image": {}}
+PLAIN = {key: {"guidance_scale": 0.0} for key in NAMES} | {"flux": {}, "qwen_image": {}}
 
 
 @every
@@ -153,7 +153,7 @@ def test_images_become_latents_and_back_as_in_the_pipeline(pipeline):
     z = layout["latents"]
     pipeline.scheduler.step = lambda output, t, x, **_: (z,)  # ends where it began, so that the pipeline decodes z
     stock = pipeline(
-        PROMPTS, num_inference_steps=1, output_type="pt",
+        list(PROMPTS), num_inference_steps=1, output_type="pt",
         **{name: value for name, value in layout.items() if "prompt" not in name},
     ).images  # fmt: skip
     torch.testing.assert_close(teacher.decode(latents), 2 * stock - 1, rtol=1e-4, atol=1e-4)

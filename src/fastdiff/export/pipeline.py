@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from fastdiff.diffusion.schedules import NoiseSchedule
 from fastdiff.engine.files import whole_folder
 from fastdiff.export.weights import student_state
-from fastdiff.diffusion.schedules import NoiseSchedule
 from fastdiff.models.families import Family, family_of
 from fastdiff.models.sampler import SamplerSpec
 from fastdiff.models.teacher import prediction_type_of, scheduler_config

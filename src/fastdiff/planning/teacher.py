@@ -65,13 +65,8 @@ class PlannedTeacher:
 
     def encode(self, prompts: Sequence[str], resolution: int) -> Conditioning:
         """Rows of the family's conditioning; the text encoders do not run."""
-        encoders = self.blueprint.text_encoders
-        tokens, width = encoders[0]["max_position_embeddings"], sum(encoder["hidden_size"] for encoder in encoders)
-        rows = {"prompt_embeds": torch.randn(len(prompts), tokens, width)}
-        if len(encoders) > 1:
-            rows["pooled_prompt_embeds"] = torch.randn(len(prompts), encoders[-1]["projection_dim"])
-            rows["time_ids"] = torch.zeros(len(prompts), 6)
-        return Conditioning(rows)
+        shapes = self.family.conditioning_shapes(self.network, self.blueprint.text_encoders)
+        return Conditioning({name: torch.randn(len(prompts), *shape) for name, shape in shapes.items()})
 
     def null(self, resolution: int) -> Conditioning:
         return self.encode([""], resolution)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
 from torch import Tensor, nn
@@ -65,6 +65,16 @@ class Family(ABC):
     def feature(self, network: nn.Module, output: Any, x_t: Tensor) -> Tensor:
         """What a tapped module returned for `x_t`, as a map `(B, C, h, w)`."""
         return output[0] if isinstance(output, tuple) else output
+
+    def conditioning_shapes(
+        self, network: nn.Module, text_encoders: Sequence[Mapping[str, Any]]
+    ) -> dict[str, tuple[int, ...]]:
+        """Shapes of a row of `encode_prompts`, from the configs of the pipeline's text encoders alone, for planning.
+
+        Raises:
+            ValueError: if nobody has said so of this family.
+        """
+        raise ValueError(f"runs of {self.name} cannot be planned yet: what its prompts take is not written down")
 
     def codec(self, autoencoder: nn.Module) -> Codec:
         """The autoencoder, its latents in the scale and layout that `call` takes."""

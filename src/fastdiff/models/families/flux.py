@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -10,6 +10,9 @@ from torch import Tensor, nn
 
 from fastdiff.models.conditioning import Conditioning
 from fastdiff.models.families.transformer import TransformerFamily, pack, unpack
+
+TOKENS = 512
+"""The pipeline's own limit."""
 
 
 class Flux(TransformerFamily):
@@ -63,6 +66,15 @@ class Flux(TransformerFamily):
 
     def embeds_guidance(self, network: nn.Module) -> bool:
         return network.config.guidance_embeds
+
+    def conditioning_shapes(
+        self, network: nn.Module, text_encoders: Sequence[Mapping[str, Any]]
+    ) -> dict[str, tuple[int, ...]]:
+        config = network.config
+        return {
+            "prompt_embeds": (TOKENS, config.joint_attention_dim),
+            "pooled_prompt_embeds": (config.pooled_projection_dim,),
+        }
 
     def sampling_arguments(self, cond: Conditioning, noise: Tensor, pixels: int) -> dict[str, Any]:
         return super().sampling_arguments(cond, pack(noise), pixels)

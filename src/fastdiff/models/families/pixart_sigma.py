@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from torch import Tensor, nn
 
 from fastdiff.models.conditioning import Conditioning
 from fastdiff.models.families.transformer import TransformerFamily
+
+TOKENS = 300
+"""The pipeline's own limit."""
 
 MICRO_CONDITIONS = {"resolution": None, "aspect_ratio": None}
 """Inputs that the pipeline's networks do not have, unlike those of PixArt-Alpha."""
@@ -47,6 +50,11 @@ class PixArtSigma(TransformerFamily):
             **inputs,
         )[0]
         return output[:, : x_t.shape[1]]
+
+    def conditioning_shapes(
+        self, network: nn.Module, text_encoders: Sequence[Mapping[str, Any]]
+    ) -> dict[str, tuple[int, ...]]:
+        return {"prompt_embeds": (TOKENS, network.config.caption_channels), "prompt_attention_mask": (TOKENS,)}
 
     def sampling_arguments(self, cond: Conditioning, noise: Tensor, pixels: int) -> dict[str, Any]:
         return super().sampling_arguments(cond, noise, pixels) | {"use_resolution_binning": False}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch.nn.functional as F
@@ -63,6 +63,11 @@ class QwenImage(TransformerFamily):
 
     def sample_size(self, network: nn.Module) -> int:
         return 128
+
+    def conditioning_shapes(
+        self, network: nn.Module, text_encoders: Sequence[Mapping[str, Any]]
+    ) -> dict[str, tuple[int, ...]]:
+        return {"prompt_embeds": (TOKENS, network.config.joint_attention_dim), "prompt_embeds_mask": (TOKENS,)}
 
     def sampling_arguments(self, cond: Conditioning, noise: Tensor, pixels: int) -> dict[str, Any]:
         return super().sampling_arguments(cond, pack(noise), pixels)

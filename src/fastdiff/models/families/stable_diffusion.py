@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from torch import Tensor, nn
@@ -37,6 +37,11 @@ class StableDiffusion(Family):
     def call(self, network: nn.Module, x_t: Tensor, time: Tensor, cond: Conditioning, **inputs: Any) -> Tensor:
         embeds = cond.tensors["prompt_embeds"]
         return network(x_t, time, encoder_hidden_states=embeds, return_dict=False, **inputs)[0]
+
+    def conditioning_shapes(
+        self, network: nn.Module, text_encoders: Sequence[Mapping[str, Any]]
+    ) -> dict[str, tuple[int, ...]]:
+        return {"prompt_embeds": (text_encoders[0]["max_position_embeddings"], text_encoders[0]["hidden_size"])}
 
     def feature_taps(self, network: nn.Module) -> dict[str, int]:
         return unet_feature_taps(network)

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from torch import Tensor, nn
 
 from fastdiff.models.conditioning import Conditioning
 from fastdiff.models.families.transformer import TransformerFamily
+
+T5_TOKENS = 256
+"""The pipeline's own limit."""
 
 
 class StableDiffusion3(TransformerFamily):
@@ -46,3 +49,12 @@ class StableDiffusion3(TransformerFamily):
             return_dict=False,
             **inputs,
         )[0]
+
+    def conditioning_shapes(
+        self, network: nn.Module, text_encoders: Sequence[Mapping[str, Any]]
+    ) -> dict[str, tuple[int, ...]]:
+        config, tokens = network.config, text_encoders[0]["max_position_embeddings"] + T5_TOKENS
+        return {
+            "prompt_embeds": (tokens, config.joint_attention_dim),
+            "pooled_prompt_embeds": (config.pooled_projection_dim,),
+        }

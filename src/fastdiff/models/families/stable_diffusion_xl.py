@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -46,6 +46,13 @@ class StableDiffusionXL(Family):
         return network(x_t, time, encoder_hidden_states=embeds, added_cond_kwargs=added, return_dict=False, **inputs)[
             0
         ]
+
+    def conditioning_shapes(
+        self, network: nn.Module, text_encoders: Sequence[Mapping[str, Any]]
+    ) -> dict[str, tuple[int, ...]]:
+        width = sum(encoder["hidden_size"] for encoder in text_encoders)
+        embeds, pooled = (text_encoders[0]["max_position_embeddings"], width), (text_encoders[1]["projection_dim"],)
+        return {"prompt_embeds": embeds, "pooled_prompt_embeds": pooled, "time_ids": (6,)}
 
     def feature_taps(self, network: nn.Module) -> dict[str, int]:
         return unet_feature_taps(network)
