@@ -5,7 +5,7 @@ from __future__ import annotations
 import string
 
 import torch
-from conftest import BETAS, _text_config, _tokenizer
+from tiny_parts import BETAS, clip_text_config, clip_tokenizer
 
 LATENTS = 4
 CHARACTERS = sorted(set(string.printable) - set(string.whitespace))
@@ -36,7 +36,7 @@ def _clip(projected: bool):
     from transformers import CLIPTextModel, CLIPTextModelWithProjection
 
     cls = CLIPTextModelWithProjection if projected else CLIPTextModel
-    return cls(_text_config(len(_tokenizer()))).eval()
+    return cls(clip_text_config(len(clip_tokenizer()))).eval()
 
 
 def _t5():
@@ -91,9 +91,9 @@ def stable_diffusion_3():
         scheduler=_flow(shift=3.0),
         vae=_autoencoder(shift_factor=0.06, use_quant_conv=False, use_post_quant_conv=False),
         text_encoder=_clip(True),
-        tokenizer=_tokenizer(),
+        tokenizer=clip_tokenizer(),
         text_encoder_2=_clip(True),
-        tokenizer_2=_tokenizer(),
+        tokenizer_2=clip_tokenizer(),
         text_encoder_3=_t5(),
         tokenizer_3=_t5_tokenizer(),
     )
@@ -149,7 +149,7 @@ def flux(guidance_embeds: bool = True):
         scheduler=_flow(shift=3.0, use_dynamic_shifting=True),
         vae=_autoencoder(shift_factor=0.1, use_quant_conv=False, use_post_quant_conv=False),
         text_encoder=_clip(False),
-        tokenizer=_tokenizer(),
+        tokenizer=clip_tokenizer(),
         text_encoder_2=_t5(),
         tokenizer_2=_t5_tokenizer(),
     )
