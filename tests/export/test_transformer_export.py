@@ -18,18 +18,23 @@ from fastdiff.recipes import resolve
 from fastdiff.recipes.exporting import export_run
 from fastdiff.recipes.student import call_settings, load_pipeline
 
-NAMES = [builder.__name__ for builder in BUILDERS]
+QUICK = ("stable_diffusion_3", "flux")
+NAMES = [
+    pytest.param(name, marks=() if name in QUICK else pytest.mark.slow)
+    for name in (builder.__name__ for builder in BUILDERS)
+]
 
 
-def exported(name: str, folder, **values):
+FOUR_STEPS = {"method": "dmd2", "timesteps": [999, 749, 499, 249]}
+
+
+def exported(name: str, folder, values=FOUR_STEPS):
     """A student with visible adapter weights, written and loaded back; raises where stock diffusers disagrees."""
     recipe = resolve(
         {
-            "method": "dmd2",
             "output_dir": str(folder / "run"),
             "resolution": 32,
             "lora_rank": 2,
-            "timesteps": [999, 749, 499, 249],
             "report_to": "none",
             **values,
         }
@@ -65,6 +70,7 @@ def test_a_lora_student_loads_back(name, tmp_path):
     assert call_settings(student.folder, steps=2).get("sigmas") is None
 
 
+@pytest.mark.slow
 def test_the_saved_scheduler_has_the_levels_of_the_trained_resolution(tmp_path):
     trainer, student = exported("flux", tmp_path)
     pipeline = load_pipeline(student.folder, device="cpu")
@@ -83,11 +89,13 @@ def test_levels_that_are_passed_are_the_trained_ones(tmp_path):
     assert "sigmas=[1, 0.9, 0.75, 0.5]" in (student.folder / "README.md").read_text()
 
 
+@pytest.mark.slow
 def test_a_full_student_loads_back(tmp_path):
-    _, student = exported("pixart_sigma", tmp_path, method="lcm", student="full", timesteps=None)
+    _, student = exported("pixart_sigma", tmp_path, {"method": "lcm", "student": "full"})
     assert student.record.load_back["ok"] and student.kind == "full"
 
 
+@pytest.mark.slow
 def test_lora_files_alone_are_refused_where_no_pipeline_reads_them(tmp_path):
     trainer, _ = exported("pixart_sigma", tmp_path)
     recipe = resolve({"method": "dmd2", "output_dir": str(tmp_path / "run")})

@@ -110,7 +110,7 @@ def export_student(
     schedule = student.schedule or teacher.schedule
     shape = teacher.latent_shape(options.resolution or teacher.default_resolution)
     device = next(student.network.parameters()).device
-    probe = make_probe(predict, conditioning, shape, student.sampler, schedule, device)
+    probe = make_probe(predict, conditioning, shape, student.sampler, schedule, teacher.family, device)
     with whole_folder(folder) as aside:
         files = _write_weights(aside, student, options)
         checks = []
@@ -184,7 +184,7 @@ def _write_checked_experts(
     device = next(student.network.parameters()).device
 
     def probe(predict: Predict) -> Probe:
-        return make_probe(predict, conditioning, shape, student.sampler, schedule, device)
+        return make_probe(predict, conditioning, shape, student.sampler, schedule, teacher.family, device)
 
     checks = []
     for name, files in write_experts(folder, student, experts, schedule, options.lora_dtype).items():

@@ -121,6 +121,7 @@ def make_probe(
     latent_shape: tuple[int, ...],
     sampler: SamplerSpec,
     schedule: NoiseSchedule,
+    family: Family,
     device: torch.device | str = "cpu",
     seed: int = 0,
 ) -> Probe:
@@ -133,6 +134,7 @@ def make_probe(
         latent_shape: (C, H, W) of one latent.
         sampler: the trained sampler.
         schedule: the student's noise schedule.
+        family: whose pipeline is to draw the same noise between steps.
         device: where `predict` wants its inputs.
         seed: of the noise.
     """
@@ -147,7 +149,7 @@ def make_probe(
 
     times = [torch.full((len(x),), t, dtype=torch.float32, device=device) for t in sampler.schedule_times(schedule)]
     outputs = tuple(predict(x, t, cond).native.float().cpu() for t in times)
-    made = sample(sampler, ask, x, lambda _: torch.randn(noise.shape, generator=steps).to(device), schedule)
+    made = sample(sampler, ask, x, lambda _: family.step_noise(noise, steps).to(device), schedule)
     fed = torch.stack([schedule.network_time(t)[0].cpu().float() for t in times])
     return Probe(conditioning.to(device=torch.device("cpu")), noise, seed, fed, outputs, made.float().cpu())
 

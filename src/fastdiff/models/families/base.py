@@ -6,6 +6,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
+import torch
 from torch import Tensor, nn
 
 from fastdiff.models.codec import Codec
@@ -95,6 +96,10 @@ class Family(ABC):
     def sampling_arguments(self, cond: Conditioning, noise: Tensor, pixels: int) -> dict[str, Any]:
         """Arguments of the stock pipeline that stand for prompts and size; `noise` is what it begins with."""
         return {**cond.tensors, "latents": noise, "height": pixels, "width": pixels}
+
+    def step_noise(self, noise: Tensor, generator: torch.Generator) -> Tensor:
+        """Fresh noise like `noise`, as the stock pipeline's scheduler draws it between steps, on the CPU."""
+        return torch.randn(noise.shape, generator=generator)
 
     def sampled(self, latents: Tensor, noise: Tensor) -> Tensor:
         """What the stock pipeline returns with `output_type="latent"`, in the layout of `noise`."""

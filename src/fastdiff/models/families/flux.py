@@ -79,6 +79,9 @@ class Flux(TransformerFamily):
     def sampling_arguments(self, cond: Conditioning, noise: Tensor, pixels: int) -> dict[str, Any]:
         return super().sampling_arguments(cond, pack(noise), pixels)
 
+    def step_noise(self, noise: Tensor, generator: torch.Generator) -> Tensor:
+        return unpack(torch.randn(pack(noise).shape, generator=generator), noise)
+
     def sampled(self, latents: Tensor, noise: Tensor) -> Tensor:
         return unpack(latents, noise)
 

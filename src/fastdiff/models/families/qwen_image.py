@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -71,6 +72,9 @@ class QwenImage(TransformerFamily):
 
     def sampling_arguments(self, cond: Conditioning, noise: Tensor, pixels: int) -> dict[str, Any]:
         return super().sampling_arguments(cond, pack(noise), pixels)
+
+    def step_noise(self, noise: Tensor, generator: torch.Generator) -> Tensor:
+        return unpack(torch.randn(pack(noise).shape, generator=generator), noise)
 
     def sampled(self, latents: Tensor, noise: Tensor) -> Tensor:
         return unpack(latents, noise)
