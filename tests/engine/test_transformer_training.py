@@ -62,7 +62,7 @@ def originals():
 
 @pytest.fixture
 def make(originals, tmp_path):
-    def make(name: str, method, **settings) -> Trainer:
+    def make(name: str, method, dtype=torch.float32, **settings) -> Trainer:
         if name not in originals:
             originals[name] = build(name)
         defaults = {
@@ -76,6 +76,7 @@ def make(originals, tmp_path):
             "report_to": "none",
         }
         teacher = Teacher(copy.deepcopy(originals[name]))
+        teacher.network.to(dtype)
         return Trainer(method, teacher, Pairs(["a red apple", "b"]), Settings(**(defaults | settings)))
 
     return make
@@ -103,6 +104,17 @@ def test_a_step_moves_every_adapter(make, name, method):
         ]
         assert sorted(still) == sorted(UNUSED.get(name, ())), role
     assert set(trainer.networks.roles) >= {"teacher", "student"}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stored", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("name", NAMES)
+def test_a_step_in_half_precision(make, name, stored):
+    """Frozen weights under autocast, and stored in bfloat16."""
+    trainer = make(name, METHODS["dmd2"](), stored, mixed_precision="bf16")
+    step(trainer)
+    assert any(parameter.any() for parameter in trainer.networks.parameters("student"))
+    assert {parameter.dtype for parameter in trainer.networks.parameters("student")} == {torch.float32}
 
 
 def test_a_teacher_that_embeds_guidance_is_asked_once(make):
