@@ -10,36 +10,9 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest
 import torch
+from tiny_parts import BETAS, clip_text_config, clip_tokenizer
 
 torch.set_num_threads(1)
-
-BETAS = {"num_train_timesteps": 1000, "beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
-
-
-def _tokenizer():
-    from transformers import CLIPTokenizer
-
-    characters = [chr(code) for code in range(33, 127)]
-    tokens = characters + [f"{c}</w>" for c in characters] + ["<|startoftext|>", "<|endoftext|>"]
-    vocabulary = {token: index for index, token in enumerate(tokens)}
-    return CLIPTokenizer(vocab=vocabulary, merges=[], model_max_length=16)
-
-
-def _text_config(vocabulary: int, hidden: int = 16, projection: int = 16):
-    from transformers import CLIPTextConfig
-
-    return CLIPTextConfig(
-        vocab_size=vocabulary,
-        hidden_size=hidden,
-        intermediate_size=32,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        max_position_embeddings=16,
-        projection_dim=projection,
-        bos_token_id=vocabulary - 2,
-        eos_token_id=vocabulary - 1,
-        pad_token_id=vocabulary - 1,
-    )
 
 
 def _autoencoder():
@@ -87,10 +60,10 @@ def build_tiny_sd(seed: int = 0, **unet_overrides):
     from transformers import CLIPTextModel
 
     torch.manual_seed(seed)
-    tokenizer = _tokenizer()
+    tokenizer = clip_tokenizer()
     pipeline = StableDiffusionPipeline(
         vae=_autoencoder().eval(),
-        text_encoder=CLIPTextModel(_text_config(len(tokenizer))).eval(),
+        text_encoder=CLIPTextModel(clip_text_config(len(tokenizer))).eval(),
         tokenizer=tokenizer,
         unet=_unet(**unet_overrides).eval(),
         scheduler=_scheduler(),
@@ -108,7 +81,7 @@ def build_tiny_sdxl(seed: int = 0):
     from transformers import CLIPTextModel, CLIPTextModelWithProjection
 
     torch.manual_seed(seed)
-    tokenizer = _tokenizer()
+    tokenizer = clip_tokenizer()
     unet = _unet(
         cross_attention_dim=32,
         addition_embed_type="text_time",
@@ -119,10 +92,10 @@ def build_tiny_sdxl(seed: int = 0):
     )
     pipeline = StableDiffusionXLPipeline(
         vae=_autoencoder().eval(),
-        text_encoder=CLIPTextModel(_text_config(len(tokenizer))).eval(),
-        text_encoder_2=CLIPTextModelWithProjection(_text_config(len(tokenizer))).eval(),
+        text_encoder=CLIPTextModel(clip_text_config(len(tokenizer))).eval(),
+        text_encoder_2=CLIPTextModelWithProjection(clip_text_config(len(tokenizer))).eval(),
         tokenizer=tokenizer,
-        tokenizer_2=_tokenizer(),
+        tokenizer_2=clip_tokenizer(),
         unet=unet.eval(),
         scheduler=_scheduler(),
         force_zeros_for_empty_prompt=True,

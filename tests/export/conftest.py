@@ -39,7 +39,7 @@ class Trained:
         def predict(x, t, cond):
             return self.denoiser(x, t, cond, "student")
 
-        return make_probe(predict, cond, shape, self.sampler, self.teacher.schedule)
+        return make_probe(predict, cond, shape, self.sampler, self.teacher.schedule, self.family)
 
 
 @pytest.fixture

@@ -40,6 +40,7 @@ def test_full_module_loads_back(tiny_sd, tmp_path):
         teacher.latent_shape(32),
         sampler,
         teacher.schedule,
+        teacher.family,
     )
     folder = save_pipeline(student, tmp_path / "student")
     check = check_pipeline(folder, probe, sampler, teacher.family)
@@ -99,7 +100,7 @@ def test_a_trained_guidance_embedding_is_fed_the_trained_scale(tiny_sd, tmp_path
         native = teacher.family.call(network, x, t, cond, timestep_cond=embedding)
         return Prediction(native, "epsilon", x, t, teacher.schedule)
 
-    probe = make_probe(predict, teacher.encode(["ab"], 32), (4, 16, 16), sampler, teacher.schedule)
+    probe = make_probe(predict, teacher.encode(["ab"], 32), (4, 16, 16), sampler, teacher.schedule, teacher.family)
     folder = save_pipeline(Student(tiny_sd, network, sampler), tmp_path / "student")
     assert not check_pipeline(folder, probe, sampler, teacher.family).problems()
     other = replace(sampler, guidance_scale=8.0)

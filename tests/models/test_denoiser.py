@@ -129,7 +129,7 @@ def test_features_stop_early_and_equal_the_full_forwards_tap(tiny_sd, checkpoint
     handle.remove()
     assert not reached
     assert torch.equal(features, taps.features["mid_block"])
-    assert features.shape[1] == denoiser.family.feature_channels(tiny_sd.unet)
+    assert features.shape[1] == denoiser.family.feature_taps(tiny_sd.unet)["mid_block"]
     assert not tiny_sd.unet.mid_block._forward_hooks
     (teachers,) = denoiser.features(x, t, cond, "teacher", ("mid_block",))
     assert not torch.allclose(teachers, features, atol=1e-3)

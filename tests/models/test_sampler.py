@@ -231,6 +231,29 @@ def test_a_shifted_flow_of_four_steps_has_no_stock_config():
         SamplerSpec.trailing("ddim", 4).build_scheduler(FLOW | {"shift": 3.0}, "flow")
 
 
+@pytest.mark.parametrize("kind", ["lcm", "ddim"])
+def test_levels_that_no_config_holds_are_passed_to_the_pipeline(kind, tmp_path):
+    config, schedule = FLOW | {"shift": 3.0}, FlowSchedule(3.0)
+    spec = SamplerSpec.trailing(kind, 4).storable(config, schedule)
+    assert spec.sigmas == pytest.approx((1.0, 0.9, 0.75, 0.5))
+    assert SamplerSpec.from_dict(json.loads(json.dumps(spec.to_dict()))) == spec
+    scheduler = reload(spec.build_scheduler(config, "flow", schedule), tmp_path)
+    scheduler.set_timesteps(sigmas=spec.call_arguments()["sigmas"])
+    assert scheduler.sigmas.tolist() == pytest.approx([1.0, 0.9, 0.75, 0.5, 0.0])
+
+
+@pytest.mark.parametrize("spec", [SamplerSpec.trailing("lcm", 4), SamplerSpec.trailing("flow", 4)], ids=str)
+def test_pipelines_that_give_evenly_spaced_levels_need_no_more(spec, tmp_path):
+    """Whatever the resolution made of the shift, the saved one is static."""
+    config, schedule = FLOW | {"use_dynamic_shifting": True}, FlowSchedule(1.9)
+    assert spec.storable(config, schedule, gives_levels=True) == spec
+    scheduler = reload(spec.build_scheduler(config, "flow", schedule, gives_levels=True), tmp_path)
+    scheduler.set_timesteps(sigmas=[1.0, 0.75, 0.5, 0.25], mu=0.7)
+    shift = 1.9 if spec.kind == "lcm" else 1.0
+    expected = [shift * u / (1 + (shift - 1) * u) for u in (1.0, 0.75, 0.5, 0.25)]
+    assert scheduler.sigmas.tolist()[:-1] == pytest.approx(expected)
+
+
 @pytest.mark.parametrize(
     ("spec", "ends"),
     [

@@ -58,7 +58,7 @@ def test_sizes_are_read_in_both_units():
         (["--gpus", "0"], "at least 1"),
         (["train_batch_size"], "unknown argument 'train_batch_size'"),
         (["train_batch_sise=1"], "Did you mean 'train_batch_size'"),
-        (["--like", "sd9"], "--like sd15|sd21|sdxl"),
+        (["--like", "sd9"], "--like flux1dev|pixart_sigma|sd15|sd21|sd35m|sdxl"),
     ],
 )
 def test_errors_say_what_to_do(recipe, capsys, arguments, message):

@@ -78,6 +78,43 @@ def test_public_configs_have_the_published_sizes(name, network, text):
     assert teacher.text_encoder_bytes == 4 * text
 
 
+@pytest.mark.parametrize(
+    ("name", "network", "autoencoder", "text"),
+    [
+        ("sd35m", 2_243_171_520, 83_819_683, 123_650_304 + 694_659_840 + 4_762_310_656),
+        ("flux1dev", 11_901_408_320, 83_819_683, 123_060_480 + 4_762_310_656),
+        ("pixart_sigma", 610_856_096, 83_653_863, 4_762_310_656),
+    ],
+)
+def test_configs_of_transformers_have_the_published_sizes(name, network, autoencoder, text):
+    import diffusers
+
+    blueprint = blueprint_of(name)
+    with torch.device("meta"):
+        parts = [
+            getattr(diffusers, config["_class_name"]).from_config(dict(config))
+            for config in (blueprint.network, blueprint.autoencoder)
+        ]
+    assert [sum(p.numel() for p in part.parameters()) for part in parts] == [network, autoencoder]
+    teacher = PlannedTeacher.__new__(PlannedTeacher)
+    teacher.blueprint = blueprint
+    assert teacher.text_encoder_bytes == 4 * text
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("name", "parameters"), [("sd35m", 2_243_171_520), ("flux1dev", 11_901_408_320), ("pixart_sigma", 610_856_096)]
+)
+def test_transformers_can_be_planned(name, parameters):
+    changes = {"resolution": 512, "train_batch_size": 1, "gradient_checkpointing": True, "mixed_precision": "bf16"}
+    method = DMD2(DMD2Config(student_update_every=1))
+    walked = walk(method, blueprint_of(name), settings(**changes), frozen_dtype=torch.bfloat16)
+    assert walked.resolution == 512
+    split = walked.phases["student"]
+    assert split[FROZEN] == 2 * parameters
+    assert split[TRAINED] > 0 and split[ACTIVATIONS] > 0
+
+
 def test_states_are_what_arithmetic_says(tiny_sd, tiny_sd_folder):
     phases = walk(DMD2(DMD2Config()), blueprint_of(str(tiny_sd_folder)), settings(ema_decay=0.9)).phases
     teacher = Teacher(tiny_sd)

@@ -28,7 +28,7 @@ def main(arguments: list[str]) -> int:
     parser.add_argument(
         "--memory", help="of one device, such as 24GB or 22GiB; says what to change if it is too small"
     )
-    parser.add_argument("--like", help="configs to plan with: sd15, sd21, sdxl or a pipeline folder")
+    parser.add_argument("--like", help="configs to plan with: sd15, sdxl, sd35m, flux1dev ... or a folder")
     parser.add_argument("--cached", action="store_true", help="images are encoded beforehand (`fastdiff cache`)")
     parser.add_argument("--scale", action="store_true", help="also a table from 1 to 256 devices, on paper")
     parser.add_argument("--json", action="store_true", help="all numbers, in bytes")

@@ -47,13 +47,19 @@ def build_networks(method: Method, teacher: TeacherLike, settings: Settings, sco
             f"method {method.info.name} cannot train a {settings.student} student: only "
             f"{' or '.join(method.info.student_kinds)}{reason if own else ''}"
         )
+    if teacher.family.embeds_guidance(teacher.network) and method.compares_with_null():
+        raise ValueError(
+            f"{method.info.name} with these settings compares answers with and without a prompt, but this teacher embeds "
+            "guidance and was not trained without one: take a teacher with an unconditional branch, or a method that "
+            "asks for guidance by its strength (dmd2, lcm, pcm)"
+        )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(settings.seed)
         roles = Roles(teacher.network, _specs(method, teacher, settings), settings.gradient_checkpointing)
         denoiser = Denoiser(
             roles,
             teacher.family,
-            teacher.schedule,
+            teacher.schedule_at(settings.resolution or teacher.default_resolution),
             teacher.prediction_type,
             torch.bfloat16 if settings.mixed_precision == "bf16" else _weight_dtype(teacher.network),
             one_call=not settings.split_roles,

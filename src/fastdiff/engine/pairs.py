@@ -131,11 +131,12 @@ class _Maker:
         self.teacher, self.prompts, self.settings, self.images = teacher, prompts, settings, images
         self.resolution, self.dtype, self.device = resolution, dtype, weight.device
         self.shape = teacher.latent_shape(resolution)
-        self.times = teacher_times(teacher.schedule, settings.num_inference_steps)
+        self.schedule = teacher.schedule_at(resolution)
+        self.times = teacher_times(self.schedule, settings.num_inference_steps)
         self.null = teacher.null(resolution).to(self.device)
         roles = Roles(teacher.network, {})
         kind, computed = teacher.prediction_type, compute_dtype or weight.dtype
-        self.denoiser = Denoiser(roles, teacher.family, teacher.schedule, kind, computed)
+        self.denoiser = Denoiser(roles, teacher.family, self.schedule, kind, computed)
 
     @torch.no_grad()
     def make(self, positions: range, embeddings: bool) -> Iterator[tuple[dict[str, Tensor], str, int]]:
@@ -168,7 +169,7 @@ class _Maker:
             pixels = torch.stack([images[row] for row in real]).to(self.device)
             posterior = random.normal("autoencoder", self.shape)[real]
             latents[real] = self.teacher.encode_images(pixels, posterior).to(self.dtype)
-            found = invert(self._predict(cond, real), latents[real].float(), self.times, self.teacher.schedule)
+            found = invert(self._predict(cond, real), latents[real].float(), self.times, self.schedule)
             noise[real] = found.to(self.dtype)
         return noise, latents
 

@@ -64,7 +64,9 @@ class FeatureMoments:
         noise = Randomness(trainer.settings.seed, PREVIEW_STEP % 2**32, indices).normal(
             "validation", latents.shape[1:]
         )
-        t = torch.full((len(latents),), round(_TIME * denoiser.schedule.t_max), device=latents.device).float()
+        index = round(_TIME * denoiser.schedule.indices)
+        t = denoiser.schedule.time_of_index(torch.full((len(latents),), float(index), device=latents.device))
         x_t = denoiser.schedule.add_noise(latents, noise, t)
-        (features,) = denoiser.features(x_t, t, cond, "teacher", (denoiser.family.feature_tap,))
-        return features.float().flatten(2).mean(2)
+        taps = tuple(denoiser.family.middle_taps(denoiser.roles.network("teacher")))
+        features = denoiser.features(x_t, t, cond, "teacher", taps)
+        return torch.cat([one.float().flatten(2).mean(2) for one in features], dim=1)

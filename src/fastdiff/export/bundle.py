@@ -50,6 +50,7 @@ class ExportOptions:
         license, repo_id, datasets, prompt: as in `write_card`.
         grid: a picture to show on the card.
         beside: further files of tensors, by name, such as a router.
+        resolution: pixels of the samples that are compared; None is the teacher's own size.
     """
 
     pipeline: bool = True
@@ -63,6 +64,7 @@ class ExportOptions:
     prompt: str = "a photo of a cat"
     grid: Path | None = None
     beside: Mapping[str, Mapping[str, Tensor]] = dataclasses.field(default_factory=dict)
+    resolution: int | None = None
 
 
 def export_student(
@@ -84,7 +86,7 @@ def export_student(
         teacher: the teacher it was distilled from.
         record: content of `fastdiff.json`; the load-back report is added to it.
         predict: the trainer's own student, (x_t, t, conditioning) -> prediction, for the comparison.
-        conditioning: a few prompts' worth, at the teacher's default resolution.
+        conditioning: a few prompts' worth, at `options.resolution`.
         fresh_pipeline: loads the teacher's pipeline anew (called once for each LoRA file, and not without adapters).
         options: what goes into the folder.
         experts: earlier adapters of a student that is several; there is no whole pipeline then.
@@ -100,9 +102,15 @@ def export_student(
         raise ValueError("a student of full weights has no LoRA form: leave options.pipeline on.")
     if options.pipeline and experts is not None:
         raise ValueError("a student of several adapters has no whole pipeline: switch options.pipeline off.")
-    shape = teacher.latent_shape(teacher.default_resolution)
+    if not (options.pipeline or student.family.loads_lora):
+        raise ValueError(
+            f"{type(student.pipeline).__name__} of diffusers loads no LoRA files: export the whole pipeline, with the "
+            "adapter merged."
+        )
+    schedule = student.schedule or teacher.schedule
+    shape = teacher.latent_shape(options.resolution or teacher.default_resolution)
     device = next(student.network.parameters()).device
-    probe = make_probe(predict, conditioning, shape, student.sampler, teacher.schedule, device)
+    probe = make_probe(predict, conditioning, shape, student.sampler, schedule, teacher.family, device)
     with whole_folder(folder) as aside:
         files = _write_weights(aside, student, options)
         checks = []
@@ -137,9 +145,12 @@ def _write_weights(folder: Path, student: Student, options: ExportOptions) -> Lo
         write_pipeline(student, folder, options.network_dtype, options.guidance_free)
     else:
         student.scheduler().save_pretrained(folder / "scheduler")
-    if not student.adapters:
+    family = student.family
+    if not (student.adapters and family.loads_lora):
         return None
-    return save_lora(folder, student.network, student.adapters, student.component, options.lora_dtype)
+    return save_lora(
+        folder, student.network, student.adapters, student.component, options.lora_dtype, family.kohya_file
+    )
 
 
 def _check_files(
@@ -168,18 +179,19 @@ def _write_checked_experts(
     options: ExportOptions,
 ) -> list[LoadBackCheck]:
     """Every file by itself, as that of a single student, and then a pipeline that switches between them."""
-    shape = teacher.latent_shape(teacher.default_resolution)
+    schedule = student.schedule or teacher.schedule
+    shape = teacher.latent_shape(options.resolution or teacher.default_resolution)
     device = next(student.network.parameters()).device
 
     def probe(predict: Predict) -> Probe:
-        return make_probe(predict, conditioning, shape, student.sampler, teacher.schedule, device)
+        return make_probe(predict, conditioning, shape, student.sampler, schedule, teacher.family, device)
 
     checks = []
-    for name, files in write_experts(folder, student, experts, teacher.schedule, options.lora_dtype).items():
+    for name, files in write_experts(folder, student, experts, schedule, options.lora_dtype).items():
         own = probe(experts.predict[name])
         for check in _check_files(files, student, teacher, own, fresh_pipeline, options):
             checks.append(dataclasses.replace(check, name=f"{name}/{check.name}"))
-    switched = probe(experts.in_turn(student.sampler, teacher.schedule))
+    switched = probe(experts.in_turn(student.sampler, schedule))
     tolerance = _tolerance(options, options.lora_dtype, student)
     pipeline, scheduler = fresh_pipeline(), student.scheduler()
     return [*checks, check_experts(folder, pipeline, scheduler, switched, student.sampler, teacher.family, tolerance)]

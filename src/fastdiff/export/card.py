@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -107,6 +108,7 @@ def write_card(
         grid=GRID_FILE if (folder / GRID_FILE).is_file() else None,
         datasets=tuple(datasets),
         prompt=prompt,
+        saved_scheduler=_saved_scheduler(folder),
     )
     data = _card_data(facts, license)
     card = populate_model_card(ModelCard(f"---\n{data.to_yaml()}\n---\n\n{card_text.body(facts)}"), _tags(facts))
@@ -175,3 +177,8 @@ def _eval_results(metrics: Mapping[str, Any] | None) -> list[EvalResult]:
         for kind in _METRIC_TYPES
         if row.get(kind) is not None
     ]
+
+
+def _saved_scheduler(folder: Path) -> str | None:
+    path = folder / "scheduler" / "scheduler_config.json"
+    return json.loads(path.read_text(encoding="utf-8"))["_class_name"] if path.is_file() else None

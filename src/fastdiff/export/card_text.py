@@ -50,6 +50,12 @@ class Facts:
     grid: str | None
     datasets: tuple[str, ...]
     prompt: str
+    saved_scheduler: str | None = None
+
+    @property
+    def scheduler(self) -> str:
+        """Class of the student's scheduler: the one in its folder, or the usual one of its sampler."""
+        return self.saved_scheduler or _SCHEDULERS[self.sampler.kind]
 
     @property
     def sampler(self) -> SamplerSpec:
@@ -136,7 +142,7 @@ def full_snippet(facts: Facts) -> str:
 
 def lora_snippet(facts: Facts) -> str:
     """Python that puts the LoRA on the base model."""
-    scheduler = _SCHEDULERS[facts.sampler.kind]
+    scheduler = facts.scheduler
     base, repo = facts.base, facts.repo_id
     return _python(
         "import torch",
@@ -162,7 +168,11 @@ def experts_snippet(facts: Facts) -> str:
 
 
 def _call(facts: Facts) -> str:
-    return ", ".join(f"{name}={value:g}" for name, value in facts.sampler.call_arguments().items())
+    arguments = facts.sampler.call_arguments()
+    levels = (
+        [f"sigmas=[{', '.join(f'{level:.6g}' for level in arguments.pop('sigmas'))}]"] if facts.sampler.sigmas else []
+    )
+    return ", ".join([*(f"{name}={value:g}" for name, value in arguments.items()), *levels])
 
 
 def _python(*lines: str) -> str:
@@ -216,8 +226,7 @@ def _training(facts: Facts) -> str:
     times = ", ".join(f"{time:g}" for time in facts.sampler.timesteps)
     lines = [
         f"- method: `{record.method}`, student: {'LoRA' if record.kind == 'lora' else 'full weights'}",
-        f"- sampler: `{_SCHEDULERS[facts.sampler.kind]}` at timesteps {times}, "
-        f"guidance scale {facts.sampler.guidance_scale:g}",
+        f"- sampler: `{facts.scheduler}` at timesteps {times}, guidance scale {facts.sampler.guidance_scale:g}",
         f"- teacher weights: `{record.teacher['fingerprint']}`" if record.teacher.get("fingerprint") else "",
         f"- data: {', '.join(facts.datasets)}" if facts.datasets else "",
         f"- versions: {', '.join(f'{name} {number}' for name, number in record.versions.items())}",

@@ -71,7 +71,9 @@ def write_experts(
         later = [time for time in times if time < own[-1]]
         place = Path() if name == NEWEST else Path(name)
         if name != NEWEST:
-            files[name] = save_lora(folder / place, student.network, {name: 1.0}, student.component, dtype)
+            files[name] = save_lora(
+                folder / place, student.network, {name: 1.0}, student.component, dtype, student.family.kohya_file
+            )
         weights = (place / DIFFUSERS_FILE).as_posix()
         listed.append({"weights": weights, "times": own, "above": later[0] if later else -1.0})
     write_json(folder / EXPERTS_FILE, {"format": 1, "experts": listed})

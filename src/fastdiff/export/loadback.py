@@ -121,6 +121,7 @@ def make_probe(
     latent_shape: tuple[int, ...],
     sampler: SamplerSpec,
     schedule: NoiseSchedule,
+    family: Family,
     device: torch.device | str = "cpu",
     seed: int = 0,
 ) -> Probe:
@@ -133,6 +134,7 @@ def make_probe(
         latent_shape: (C, H, W) of one latent.
         sampler: the trained sampler.
         schedule: the student's noise schedule.
+        family: whose pipeline is to draw the same noise between steps.
         device: where `predict` wants its inputs.
         seed: of the noise.
     """
@@ -147,7 +149,7 @@ def make_probe(
 
     times = [torch.full((len(x),), t, dtype=torch.float32, device=device) for t in sampler.schedule_times(schedule)]
     outputs = tuple(predict(x, t, cond).native.float().cpu() for t in times)
-    made = sample(sampler, ask, x, lambda _: torch.randn(noise.shape, generator=steps).to(device), schedule)
+    made = sample(sampler, ask, x, lambda _: family.step_noise(noise, steps).to(device), schedule)
     fed = torch.stack([schedule.network_time(t)[0].cpu().float() for t in times])
     return Probe(conditioning.to(device=torch.device("cpu")), noise, seed, fed, outputs, made.float().cpu())
 
@@ -239,30 +241,35 @@ def _compare(
     dtype = next(network.parameters()).dtype
     cond = probe.conditioning.to(dtype=dtype)
     x = probe.noise.to(dtype)
-    inputs, call = _guidance(pipeline, network, sampler, len(x))
+    inputs, call = _guidance(pipeline, network, sampler, family, len(x))
     network_error = max(
         _error(family.call(network, x, time.expand(len(x)), cond, **inputs), expected)
         for time, expected in zip(probe.times, probe.outputs, strict=True)
     )
-    made = pipeline(
-        **_prompt_inputs(cond),
-        latents=x,
-        **sampler.call_arguments(),
-        generator=torch.Generator().manual_seed(probe.seed),
-        output_type="latent",
-        **call,
-    ).images
-    return LoadBackCheck(name, network_error, _error(made, probe.sample), *counts, caught, tolerance)
+    pixels = x.shape[-1] * family.codec(pipeline.vae).factor
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(probe.seed)  # pipelines of flows do not hand their generator on to the scheduler
+        made = pipeline(
+            **family.sampling_arguments(cond, x, pixels),
+            **sampler.call_arguments(),
+            generator=torch.Generator().manual_seed(probe.seed),
+            output_type="latent",
+            **call,
+        ).images
+    error = _error(family.sampled(made, x), probe.sample)
+    return LoadBackCheck(name, network_error, error, *counts, caught, tolerance)
 
 
 def _guidance(
-    pipeline: DiffusionPipeline, network: nn.Module, sampler: SamplerSpec, rows: int
+    pipeline: DiffusionPipeline, network: nn.Module, sampler: SamplerSpec, family: Family, rows: int
 ) -> tuple[dict[str, Tensor], dict[str, float]]:
     """Inputs of the network and arguments of the pipeline that stand for the guidance the probe was made with.
 
     A trained guidance embedding is fed the sampler's scale; one that only switches guidance off is left to the
     pipeline's default, to prove that it does; a network without one is compared unguided.
     """
+    if family.embeds_guidance(network):
+        return {"guidance": torch.full((rows,), sampler.guidance_scale)}, {"guidance_scale": sampler.guidance_scale}
     size = network.config.get("time_cond_proj_dim")
     if not size:
         return {}, {"guidance_scale": 0.0}
@@ -272,19 +279,6 @@ def _guidance(
     embedding = pipeline.get_guidance_scale_embedding(strength, embedding_dim=size)
     weight = next(network.parameters())
     return {"timestep_cond": embedding.to(weight.dtype)}, {"guidance_scale": sampler.guidance_scale}
-
-
-def _prompt_inputs(cond: Conditioning) -> dict[str, Any]:
-    """Arguments of the pipeline's call; guided pipelines want a negative embedding, whose rows then go unused."""
-    inputs: dict[str, Any] = {key: value for key, value in cond.tensors.items() if key != "time_ids"}
-    if "time_ids" in cond.tensors:
-        height, width, top, left, target_height, target_width = (int(v) for v in cond.tensors["time_ids"][0].tolist())
-        inputs |= {
-            "original_size": (height, width),
-            "crops_coords_top_left": (top, left),
-            "target_size": (target_height, target_width),
-        }
-    return inputs
 
 
 def _error(actual: Tensor, expected: Tensor) -> float:

@@ -40,6 +40,7 @@ def save_lora(
     adapters: Mapping[str, float],
     component: str = "unet",
     dtype: torch.dtype = torch.float32,
+    kohya: bool = True,
 ) -> LoraFiles:
     """Writes a role {adapter: scale} of `network` as LoRA files; each file appears whole or not at all.
 
@@ -49,6 +50,7 @@ def save_lora(
         adapters: {adapter name: scale}; the scales are folded into the weights.
         component: the pipeline's name of the network, "unet" or "transformer".
         dtype: float32, bfloat16 or float16.
+        kohya: write kohya's form as well (`Family.kohya_file`).
 
     Raises:
         ValueError: for an unknown component or dtype, weights that float16 cannot hold, and as `low_rank_updates`.
@@ -65,16 +67,16 @@ def save_lora(
     config = {f"{component}.{key}": value for key, value in _config(updates, rank).items()}
     native = folder / DIFFUSERS_FILE
     _write(state, native, {_METADATA_KEY: json.dumps(config, indent=2, sort_keys=True)})
-    kohya = None
-    if component == "unet":
-        kohya = folder / KOHYA_FILE
+    second = None
+    if kohya:
+        second = folder / KOHYA_FILE
         described = {
             "ss_network_module": "networks.lora",
             "ss_network_dim": str(rank),
             "ss_network_alpha": str(rank),
         }
-        _write(_kohya(state), kohya, described)
-    return LoraFiles(native, kohya, len(updates))
+        _write(_kohya(state), second, described)
+    return LoraFiles(native, second, len(updates))
 
 
 def count_modules(path: str | Path) -> int:

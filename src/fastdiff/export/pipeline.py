@@ -12,9 +12,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from fastdiff.diffusion.schedules import NoiseSchedule
 from fastdiff.engine.files import whole_folder
 from fastdiff.export.weights import student_state
+from fastdiff.models.families import Family, family_of
 from fastdiff.models.sampler import SamplerSpec
+from fastdiff.models.teacher import prediction_type_of, scheduler_config
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline, SchedulerMixin
@@ -34,6 +37,8 @@ class Student:
         adapters: role {adapter: scale}; empty when `network` itself is the student.
         component: the pipeline's name of the network, "unet" or "transformer".
         prediction_type: what the student predicts; None means what the teacher's scheduler says.
+        schedule: what it was trained with, where the teacher's depends on the resolution; None means what the teacher's
+            scheduler says.
     """
 
     pipeline: DiffusionPipeline
@@ -42,13 +47,18 @@ class Student:
     adapters: Mapping[str, float] = field(default_factory=dict)
     component: str = "unet"
     prediction_type: str | None = None
+    schedule: NoiseSchedule | None = None
+
+    @property
+    def family(self) -> Family:
+        """The family of the pipeline."""
+        return family_of(type(self.pipeline).__name__)
 
     def scheduler(self) -> SchedulerMixin:
         """The stock scheduler with the trained times in its config."""
-        config = self.pipeline.scheduler.config
-        flow = str(config.get("_class_name", "")).startswith("FlowMatch")
-        kind = self.prediction_type or ("flow" if flow else config.get("prediction_type", "epsilon"))
-        return self.sampler.build_scheduler(config, kind)
+        config = scheduler_config(self.pipeline)
+        kind = self.prediction_type or prediction_type_of(config)
+        return self.sampler.build_scheduler(config, kind, self.schedule, self.family.gives_levels)
 
     def ignores_guidance(self) -> bool:
         """Whether a full export should switch the pipeline's guidance off: a UNet trained for unguided sampling."""

@@ -191,6 +191,9 @@ class APEX(Method):
         last, clean = (time_at(index, z, ctx.denoiser.schedule) for index in (LAST, CLEAN_INDEX))
         return self.ask(z, last, clean, cond, ctx).x0
 
+    def compares_with_null(self) -> bool:
+        return self.config.guidance_strength > 0
+
     def guided(self, v: Tensor, x_t: Tensor, t: Tensor, cond: Conditioning, batch: Batch, ctx: Context) -> Tensor:
         """The data's velocity, pushed along what the prompt changes in the student's own."""
         if not self.config.guidance_strength:

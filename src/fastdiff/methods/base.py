@@ -179,6 +179,11 @@ class Method(ABC):
         """Whether a term with this config asks `ctx.scorer`."""
         return False
 
+    def compares_with_null(self) -> bool:
+        """Whether this config asks a role without a prompt by itself, and not only for the sake of guidance: a network
+        that embeds guidance has no such answer."""
+        return False
+
     def modules(self, denoiser: Denoiser) -> dict[str, nn.Module]:
         """Trainable modules that are not denoisers, e.g. discriminator heads."""
         return {}

@@ -97,6 +97,9 @@ class DecoupledDMD(AdversarialScoreGap):
         """Of the matching term: nobody is guided."""
         return [Ask("teacher", batch.cond), Ask("fake_score", batch.cond)]
 
+    def compares_with_null(self) -> bool:
+        return self.config.guidance_scale != 1
+
     def score_terms(self, x: Tensor, batch: Batch, ctx: Context) -> dict[str, Tensor]:
         """The two terms as far as they are weighted, and the moments."""
         config, terms = self.config, {}

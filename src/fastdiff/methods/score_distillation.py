@@ -196,6 +196,9 @@ class ScoreDistillation(ScoreGap):
     Config = ScoreDistillationConfig
     config: ScoreDistillationConfig
 
+    def compares_with_null(self) -> bool:
+        return self.config.score_loss in ("csd", "bsd")
+
     def groups(self) -> dict[str, Group]:
         groups = super().groups()
         return groups if self.config.score_loss == "vsd" else {"student": groups["student"]}

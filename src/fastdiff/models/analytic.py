@@ -77,7 +77,7 @@ class AnalyticFamily(Family):
 
     def middle_taps(self, network: nn.Module) -> dict[str, int]:
         # A closed form has no middle: all that can be said about a noisy sample is itself and its denoised version.
-        return self.feature_taps(network) if isinstance(network, ExactNetwork) else super().middle_taps(network)
+        return self.feature_taps(network)
 
 
 class ExactNetwork(nn.Module):
@@ -181,6 +181,10 @@ class AnalyticTeacher:
         source = f"kernel-{_digest(latents, groups, torch.tensor(width))}"
         shape = tuple(latents.shape[1:])
         return cls(KernelTeacher(latents, groups, width), shape, captions, **{"source": source, **settings})
+
+    def schedule_at(self, resolution: int) -> NoiseSchedule:
+        """The schedule; no resolution changes it."""
+        return self.schedule
 
     @property
     def default_resolution(self) -> int:

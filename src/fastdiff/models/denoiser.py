@@ -2,12 +2,15 @@
 
 Guidance is `D_null + w (D_cond - D_null)` with w = 1 meaning none (Ho & Salimans 2022, arXiv 2207.12598), for one w
 or one per sample. Conditional and unconditional rows, and all roles asked at the same (x_t, t), run as one batch.
+
+A network that embeds guidance (FLUX.1-dev) has no unconditional branch: there w is an input, one row serves, and what
+a method leaves unguided is told its family's `own_guidance`.
 """
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -168,25 +171,40 @@ class Denoiser:
         conds: list[Conditioning] = []
         parts: list[Part] = []
         batch = len(x_t)
-        sizes = [batch * (2 if ask.guided else 1) for ask in asks]
+        sizes = [batch * (2 if self._asks_null(ask) else 1) for ask in asks]
         for ask, rows in zip(asks, row_blocks(sizes)):
-            conds += [ask.null.expand(batch), ask.cond] if ask.guided else [ask.cond]
+            conds += [ask.null.expand(batch), ask.cond] if self._asks_null(ask) else [ask.cond]
             parts += self.roles.parts(ask.role, rows if len(asks) > 1 else None)
         copies = sum(sizes) // batch
         network = self.roles.network(asks[0].role)
         times = self.schedule.network_time(t).expand(batch)
         x = x_t.to(self.compute_dtype).repeat(copies, *[1] * (x_t.dim() - 1))
         cond = Conditioning.cat(conds).to(dtype=self.compute_dtype)
+        if self.family.embeds_guidance(network):
+            inputs = {"guidance": self._told_guidance(asks, times)} | inputs
         self.cost.count(len(x), asks[0].role, self.roles, x_t)
-        with self.roles.active.use(tuple(parts)), self._precision(network), _tapped(network, taps, stop):
+
+        def read(output: Any) -> Tensor:
+            return self.family.feature(network, output, x)
+
+        with self.roles.active.use(tuple(parts)), self._precision(network), _tapped(network, taps, read, stop):
             return self.family.call(network, x, times.repeat(copies), cond, **inputs)
+
+    def _asks_null(self, ask: Ask) -> bool:
+        """Whether guidance is made from a second, unconditional row."""
+        return not self.family.embeds_guidance(self.roles.network(ask.role)) and ask.guided
+
+    def _told_guidance(self, asks: Sequence[Ask], times: Tensor) -> Tensor:
+        strengths = [self.family.own_guidance if ask.guidance is None else ask.guidance for ask in asks]
+        rows = [w if isinstance(w, Tensor) else torch.full_like(times, w) for w in strengths]
+        return torch.cat([w.to(times).expand(len(times)) for w in rows])
 
     def _predictions(self, native: Tensor, x_t: Tensor, t: Tensor, asks: Sequence[Ask]) -> list[Prediction]:
         blocks = iter(native.chunk(len(native) // len(x_t)))
         outputs = []
         for ask in asks:
             output = next(blocks)
-            if ask.guided:
+            if self._asks_null(ask):
                 output = guide(output, next(blocks), ask.guidance)
             outputs.append(Prediction(output, self.kind, x_t, t, self.schedule))
         return outputs
@@ -204,14 +222,14 @@ class _AllCollected(Exception):
 
 
 @contextlib.contextmanager
-def _tapped(network: nn.Module, taps: Taps | None, stop: bool) -> Iterator[None]:
+def _tapped(network: nn.Module, taps: Taps | None, read: Callable[[Any], Tensor], stop: bool) -> Iterator[None]:
     if taps is None:
         yield
         return
 
     def collect(name: str):
         def hook(_module: nn.Module, _args: Any, output: Any) -> None:
-            taps.features[name] = output[0] if isinstance(output, tuple) else output
+            taps.features[name] = read(output)
             if stop and len(taps.features) == len(taps.names):
                 raise _AllCollected
 

@@ -201,7 +201,7 @@ def inject_adapter(network: nn.Module, adapter: str, spec: AdapterSpec) -> None:
     Raises:
         ValueError: if the rank is not positive or no module matches the targets.
     """
-    from peft import LoraConfig
+    from peft import LoraConfig, inject_adapter_in_model
 
     if spec.rank < 1:
         raise ValueError(f"lora_rank must be at least 1, got {spec.rank}")
@@ -209,7 +209,7 @@ def inject_adapter(network: nn.Module, adapter: str, spec: AdapterSpec) -> None:
     with warnings.catch_warnings():
         # Several adapters on one network are the point here; peft warns about the second one.
         warnings.filterwarnings("ignore", message="Already found a `peft_config`")
-        network.add_adapter(config, adapter_name=adapter)
+        inject_adapter_in_model(config, network, adapter)  # not every diffusers network has `add_adapter`
     network.requires_grad_(False)
     for _, layer in adapter_layers(network):
         for name in layer.lora_A:

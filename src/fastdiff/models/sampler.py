@@ -52,6 +52,8 @@ class SamplerSpec:
         eta: of "tcd": 0 is the deterministic jump, 1 jumps to index 0 and noises from there. Stock schedulers do not
             save it: the user passes `eta` to the pipeline.
         tells_end: the network is told where each step ends, which stock pipelines cannot do.
+        sigmas: noise levels of a flow that the user passes to the pipeline, where no config of its scheduler gives them
+            from the number of steps alone; `storable` fills them in.
 
     Raises:
         ValueError: for an unknown kind, times that do not strictly decrease or are not positive, or a bad number.
@@ -64,6 +66,7 @@ class SamplerSpec:
     original_inference_steps: int | None = None
     eta: float = 0.0
     tells_end: bool = False
+    sigmas: tuple[float, ...] = ()
 
     def __post_init__(self) -> None:
         if self.kind not in get_args(SamplerKind):
@@ -121,7 +124,7 @@ class SamplerSpec:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON types; `from_dict` gives the same spec back."""
-        return asdict(self) | {"timesteps": list(self.timesteps)}
+        return asdict(self) | {"timesteps": list(self.timesteps), "sigmas": list(self.sigmas)}
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> SamplerSpec:
@@ -135,7 +138,8 @@ class SamplerSpec:
             raise ValueError(f"sampler settings {sorted(unknown)} are unknown; the settings are {sorted(known)}.")
         if missing := {"kind", "timesteps"} - set(values):
             raise ValueError(f"sampler settings {sorted(missing)} are missing from {dict(values)}.")
-        return cls(**{**values, "timesteps": tuple(values["timesteps"])})
+        lists = {name: tuple(values[name]) for name in ("timesteps", "sigmas") if name in values}
+        return cls(**{**values, **lists})
 
     def schedule_times(self, schedule: NoiseSchedule) -> list[float]:
         """The times in the units of the schedule: indices for VP schedules, 0..1 for flow matching."""
@@ -150,16 +154,38 @@ class SamplerSpec:
             return float(schedule.time_of_index(0 if last else math.floor((1 - self.eta) * self.timesteps[step + 1])))
         return Terminal.CLEAN if last or self.kind == "lcm" else self.schedule_times(schedule)[step + 1]
 
-    def call_arguments(self) -> dict[str, float]:
+    def call_arguments(self) -> dict[str, Any]:
         """What a user passes to the stock pipeline besides the prompt, guidance left out."""
-        return {"num_inference_steps": len(self)} | ({"eta": self.eta} if self.eta else {})
+        extra = {"eta": self.eta, "sigmas": list(self.sigmas)}
+        return {"num_inference_steps": len(self)} | {name: value for name, value in extra.items() if value}
 
-    def build_scheduler(self, teacher_scheduler_config: Mapping[str, Any], prediction_type: str) -> SchedulerMixin:
-        """A stock scheduler whose saved config gives `timesteps` from `num_inference_steps=len(timesteps)` alone.
+    def storable(
+        self, teacher_scheduler_config: Mapping[str, Any], schedule: NoiseSchedule, gives_levels: bool = False
+    ) -> SamplerSpec:
+        """This sampler, with `sigmas` if it runs on a flow whose stock scheduler cannot have its times in its config.
+
+        That is so where a pipeline leaves the grid to the scheduler (SD3, Sana), the flow is shifted, and there are
+        three steps or more: the stock grid ends near clean data. Arguments are those of `build_scheduler`.
+        """
+        from fastdiff.models.stock_schedulers import with_sigmas
+
+        return with_sigmas(self, teacher_scheduler_config, schedule, gives_levels)
+
+    def build_scheduler(
+        self,
+        teacher_scheduler_config: Mapping[str, Any],
+        prediction_type: str,
+        schedule: NoiseSchedule | None = None,
+        gives_levels: bool = False,
+    ) -> SchedulerMixin:
+        """A stock scheduler whose saved config gives `timesteps` from `call_arguments()`.
 
         Args:
             teacher_scheduler_config: config of the teacher's scheduler, of any class (the betas, or the flow shift).
             prediction_type: what the student's network predicts: "epsilon", "sample", "v_prediction" or "flow".
+            schedule: what the student was trained with, where that depends on the resolution; by default what the
+                config says.
+            gives_levels: whether the pipeline asks the scheduler for evenly spaced levels (`Family.gives_levels`).
 
         Raises:
             ValueError: when no setting of the stock scheduler gives these times, when the config lacks the betas, or
@@ -167,7 +193,7 @@ class SamplerSpec:
         """
         from fastdiff.models.stock_schedulers import stock_scheduler
 
-        return stock_scheduler(self, teacher_scheduler_config, prediction_type)
+        return stock_scheduler(self, teacher_scheduler_config, prediction_type, schedule, gives_levels)
 
 
 def advance(

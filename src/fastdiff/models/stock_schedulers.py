@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from fastdiff.diffusion.schedules import FlowSchedule
+from fastdiff.diffusion.schedules import FlowSchedule, NoiseSchedule, is_flow, schedule_from_config
 from fastdiff.models.sampler import FLOW_UNITS, LCM_GRID, SamplerSpec
 
 if TYPE_CHECKING:
@@ -18,7 +20,11 @@ _BETA_KEYS = ("num_train_timesteps", "beta_start", "beta_end", "beta_schedule")
 
 
 def stock_scheduler(
-    spec: SamplerSpec, teacher_scheduler_config: Mapping[str, Any], prediction_type: str
+    spec: SamplerSpec,
+    teacher_scheduler_config: Mapping[str, Any],
+    prediction_type: str,
+    schedule: NoiseSchedule | None = None,
+    gives_levels: bool = False,
 ) -> SchedulerMixin:
     """See `SamplerSpec.build_scheduler`."""
     if spec.tells_end:
@@ -28,15 +34,23 @@ def stock_scheduler(
             "(fastdiff.models.sampler.sample), let every step end at the clean end (one step, or for ctm eta 1), or "
             "train a student without that input: --method tcd, pcm or tscd."
         )
-    on_flow = str(teacher_scheduler_config.get("_class_name", "")).startswith("FlowMatch")
-    if (prediction_type == "flow") != (spec.kind == "flow" or (on_flow and spec.kind in ("lcm", "ddim"))):
+    if (prediction_type == "flow") != _on_flow(spec, teacher_scheduler_config):
         raise ValueError(
             f"a {spec.kind!r} sampler cannot use prediction type {prediction_type!r} here: 'flow' predictions "
             "need a 'flow' sampler, or 'lcm' or 'ddim' and a flow-matching teacher; 'epsilon', 'sample' and "
             "'v_prediction' need 'lcm', 'ddim' or 'tcd'."
         )
     if prediction_type == "flow":
-        return _flow_scheduler(spec, teacher_scheduler_config)
+        schedule = schedule or _flow_of(teacher_scheduler_config)
+        if (scheduler := _flow_scheduler(spec, schedule, gives_levels)) is not None:
+            return scheduler
+        times = [round(FLOW_UNITS * t, 3) for t in spec.schedule_times(schedule)]
+        raise ValueError(
+            f"no FlowMatchEulerDiscreteScheduler config gives the timesteps {times} (1000 t) from "
+            f"num_inference_steps={len(spec)} alone: pass them to the pipeline as sigmas (`SamplerSpec.storable` fills "
+            "them in); with shift 1 an evenly spaced grid can be saved, e.g. "
+            f"{list(SamplerSpec.trailing('flow', len(spec)).timesteps)}."
+        )
     betas = _teacher_betas(teacher_scheduler_config)
     if spec.timesteps[0] >= len(betas):
         raise ValueError(f"timestep {spec.timesteps[0]} is not on the teacher's table of {len(betas)} steps.")
@@ -59,6 +73,23 @@ def stock_scheduler(
         f"num_inference_steps={len(spec)} alone. The nearest evenly spaced grid that can be saved is {near}; "
         "train on that one, so that the exported student needs no flag."
     )
+
+
+def with_sigmas(
+    spec: SamplerSpec, teacher_scheduler_config: Mapping[str, Any], schedule: NoiseSchedule, gives_levels: bool
+) -> SamplerSpec:
+    """See `SamplerSpec.storable`."""
+    if not _on_flow(spec, teacher_scheduler_config) or _flow_scheduler(spec, schedule, gives_levels) is not None:
+        return spec
+    return replace(spec, sigmas=tuple(spec.schedule_times(schedule)))
+
+
+def _on_flow(spec: SamplerSpec, config: Mapping[str, Any]) -> bool:
+    return spec.kind == "flow" or (is_flow(config) and spec.kind in ("lcm", "ddim"))
+
+
+def _flow_of(config: Mapping[str, Any]) -> NoiseSchedule:
+    return schedule_from_config(config) if is_flow(config) else FlowSchedule()
 
 
 def _teacher_betas(config: Mapping[str, Any]) -> Tensor:
@@ -140,24 +171,31 @@ def _tcd_scheduler(spec: SamplerSpec, common: dict[str, Any]) -> SchedulerMixin 
     return None
 
 
-def _flow_scheduler(spec: SamplerSpec, config: Mapping[str, Any]) -> SchedulerMixin:
+def _flow_scheduler(spec: SamplerSpec, schedule: NoiseSchedule, gives_levels: bool) -> SchedulerMixin | None:
     from diffusers import FlowMatchEulerDiscreteScheduler
 
-    shift = config.get("shift") or 1.0
-    times = [FLOW_UNITS * t for t in spec.schedule_times(FlowSchedule(shift))]
-    settings = {"num_train_timesteps": FLOW_UNITS, "shift": shift, "stochastic_sampling": spec.kind == "lcm"}
-    choices = [settings]
-    if len(spec) > 1:
-        # The stock grid ends near 0; `shift_terminal` stretches it so that it ends at the last trained time.
-        end = {"shift_terminal": times[-1] / FLOW_UNITS}
-        choices += [settings | end, settings | {"shift": 1.0} | end]
-    for choice in choices:
-        scheduler = FlowMatchEulerDiscreteScheduler(**choice)
-        scheduler.set_timesteps(len(spec))
-        if torch.allclose(scheduler.timesteps, torch.tensor(times, dtype=torch.float32), rtol=0, atol=1e-3):
+    levels = spec.schedule_times(schedule)
+    asked = {"num_inference_steps": len(spec)}
+    if spec.sigmas or gives_levels:
+        asked = {"sigmas": list(spec.sigmas) or np.linspace(1.0, 1 / len(spec), len(spec))}
+    for choice in _flow_settings(spec, levels, schedule.shift):
+        settings = {"num_train_timesteps": FLOW_UNITS, "stochastic_sampling": spec.kind == "lcm"} | choice
+        scheduler = FlowMatchEulerDiscreteScheduler(**settings)
+        scheduler.set_timesteps(**asked)
+        wanted = FLOW_UNITS * torch.tensor(levels, dtype=torch.float32)
+        if torch.allclose(scheduler.timesteps, wanted, rtol=0, atol=1e-3):
             return scheduler
-    raise ValueError(
-        f"no FlowMatchEulerDiscreteScheduler config gives the timesteps {times} (1000 t) from "
-        f"num_inference_steps={len(spec)} alone; with shift 1 an evenly spaced grid can be saved, e.g. "
-        f"{list(SamplerSpec.trailing('flow', len(spec)).timesteps)}."
-    )
+    return None
+
+
+def _flow_settings(spec: SamplerSpec, levels: list[float], shift: float) -> Iterator[dict[str, float]]:
+    """Shifts to try; the schedule's own first, since it serves other numbers of steps as well."""
+    if spec.sigmas:
+        yield {"shift": 1.0}
+        return
+    yield {"shift": shift}
+    if len(levels) > 1:
+        yield {"shift": 1.0}
+        # A grid that the scheduler makes ends near 0; `shift_terminal` stretches it to end at the last trained time.
+        yield {"shift": shift, "shift_terminal": levels[-1]}
+        yield {"shift": 1.0, "shift_terminal": levels[-1]}

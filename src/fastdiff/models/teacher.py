@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from fastdiff.diffusion.prediction import PredictionKind
-from fastdiff.diffusion.schedules import NoiseSchedule, schedule_from_config
+from fastdiff.diffusion.schedules import NoiseSchedule, is_flow, schedule_from_config
 from fastdiff.models.codec import Codec
 from fastdiff.models.conditioning import Conditioning
 from fastdiff.models.families import Family, family_of
@@ -37,6 +37,8 @@ class TeacherLike(Protocol):
     def encode(self, prompts: Sequence[str], resolution: int) -> Conditioning: ...
 
     def null(self, resolution: int) -> Conditioning: ...
+
+    def schedule_at(self, resolution: int) -> NoiseSchedule: ...
 
     def latent_shape(self, resolution: int) -> tuple[int, int, int]: ...
 
@@ -69,9 +71,9 @@ class Teacher:
         self.revision = revision
         self.family = family_of(type(pipeline).__name__)
         self.network: nn.Module = getattr(pipeline, self.family.network_name).requires_grad_(False).eval()
-        self.schedule = schedule_from_config(pipeline.scheduler.config)
-        self.prediction_type = prediction_type_of(pipeline.scheduler.config)
-        self.codec = Codec(pipeline.vae)
+        self.codec: Codec = self.family.codec(pipeline.vae)
+        self.schedule = self.schedule_at(self.default_resolution)
+        self.prediction_type = prediction_type_of(scheduler_config(pipeline))
         self._home: torch.device | None = None
 
     @classmethod
@@ -128,19 +130,23 @@ class Teacher:
     @property
     def default_resolution(self) -> int:
         """Pixels of the size the network was trained at."""
-        return self.network.config.sample_size * self.codec.factor
+        return self.family.sample_size(self.network) * self.codec.factor
+
+    def schedule_at(self, resolution: int) -> NoiseSchedule:
+        """The noise schedule for images of `resolution` pixels; in some families its shift depends on their size."""
+        tokens = (resolution // self.codec.factor // self.family.patch(self.network)) ** 2
+        return schedule_from_config(scheduler_config(self.pipeline), tokens)
 
     def latent_shape(self, resolution: int) -> tuple[int, int, int]:
         """Shape `(C, H, W)` of one latent.
 
         Raises:
-            ValueError: if the resolution is not a multiple of the codec's factor.
+            ValueError: if the resolution is not a multiple of a token's side.
         """
         factor = self.codec.factor
-        if resolution < factor or resolution % factor:
-            raise ValueError(
-                f"--resolution must be a positive multiple of {factor} for this teacher, got {resolution}"
-            )
+        token = factor * self.family.patch(self.network)
+        if resolution < token or resolution % token:
+            raise ValueError(f"--resolution must be a positive multiple of {token} for this teacher, got {resolution}")
         return (self.codec.channels, resolution // factor, resolution // factor)
 
     def encode_images(self, images: Tensor, noise: Tensor | None = None) -> Tensor:
@@ -198,9 +204,14 @@ def fingerprint(network: nn.Module) -> str:
     return digest.hexdigest()[:16]
 
 
+def scheduler_config(pipeline: Any) -> dict[str, Any]:
+    """The config of a pipeline's scheduler, with the class name that one made in code lacks."""
+    return {"_class_name": type(pipeline.scheduler).__name__, **pipeline.scheduler.config}
+
+
 def prediction_type_of(config: Mapping[str, Any]) -> str:
     """What a network predicts, as its scheduler's config says."""
-    if str(config.get("_class_name", "")).startswith("FlowMatch"):
+    if is_flow(config):
         return "flow"
     return config.get("prediction_type", "epsilon")
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import dataclasses
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -191,7 +191,11 @@ class Bare:
         weight = next(network.parameters())
         mixed = weight.dtype not in (self.dtype, torch.float64)
         precision = torch.autocast(weight.device.type, self.dtype) if mixed else contextlib.nullcontext()
-        with torch.set_grad_enabled(call.with_graph), precision, _stopped(network, call.stop_at, found):
+
+        def read(output: Any) -> Tensor:
+            return self.family.feature(network, output, x)
+
+        with torch.set_grad_enabled(call.with_graph), precision, _stopped(network, call.stop_at, read, found):
             found = {"": self.family.call(network, x, call.time, call.cond, **call.inputs)}
         return list(found.values()) if call.with_graph else []
 
@@ -221,12 +225,14 @@ class _Stop(Exception):
 
 
 @contextlib.contextmanager
-def _stopped(network: nn.Module, names: tuple[str, ...], found: dict[str, Tensor]) -> Iterator[None]:
+def _stopped(
+    network: nn.Module, names: tuple[str, ...], read: Callable[[Any], Tensor], found: dict[str, Tensor]
+) -> Iterator[None]:
     """Inside, a call of the network ends at the last of `names`, if there are any, and leaves their outputs."""
 
     def hook(name: str):
         def collect(_module: nn.Module, _args: Any, output: Any) -> None:
-            found[name] = output[0] if isinstance(output, tuple) else output
+            found[name] = read(output)
             if len(found) == len(names):
                 raise _Stop
 

@@ -19,6 +19,9 @@ PUBLIC = {
     "stabilityai/stable-diffusion-2-1-base": "sd21",
     "stabilityai/stable-diffusion-2-base": "sd21",
     "stabilityai/stable-diffusion-xl-base-1.0": "sdxl",
+    "stabilityai/stable-diffusion-3.5-medium": "sd35m",
+    "black-forest-labs/FLUX.1-dev": "flux1dev",
+    "PixArt-alpha/PixArt-Sigma-XL-2-1024-MS": "pixart_sigma",
 }
 """Public teachers whose configs ship with this package."""
 
@@ -45,7 +48,7 @@ def blueprint_of(source: str, like: str | None = None) -> Blueprint:
 
     Args:
         source: `embedded`, a pipeline folder (its configs suffice), or the Hub id of a known public teacher.
-        like: plan as if the teacher were this one: `sd15`, `sd21`, `sdxl`, or a folder.
+        like: plan as if the teacher were this one: the name of a shipped file in `configs`, or a folder.
 
     Raises:
         FileNotFoundError: if the configs are in none of these places.

@@ -11,7 +11,7 @@ import torch
 
 from fastdiff.engine import Settings
 from fastdiff.methods import method_named
-from fastdiff.planning.blueprint import Blueprint, blueprint_of
+from fastdiff.planning.blueprint import blueprint_of
 from fastdiff.planning.tracker import ACTIVATIONS
 from fastdiff.planning.walk import GRADIENTS, KINDS, Walk, walk
 from fastdiff.recipes.errors import RecipeError
@@ -107,7 +107,7 @@ def plan_recipe(recipe: Recipe, *, gpus: int = 1, like: str | None = None, cache
     return Plan(
         method=recipe.method,
         teacher=like or source or "",
-        resolution=settings.resolution or _resolution(blueprint),
+        resolution=walked.resolution,
         batch=settings.train_batch_size,
         gpus=gpus,
         phases=walked.phases if gpus == 1 else walked.phases | _exchange(walked),
@@ -133,8 +133,3 @@ def _exchange(walked: Walk) -> dict[str, Counter[str]]:
     fullest = max(walked.phases.values(), key=lambda split: split.total() - split[ACTIVATIONS])
     kept = Counter({kind: fullest[kind] for kind in KINDS if kind not in (ACTIVATIONS, GRADIENTS)})
     return {EXCHANGE: kept + Counter({GRADIENTS: walked.buffer, EXCHANGE: walked.buffer})}
-
-
-def _resolution(blueprint: Blueprint) -> int:
-    blocks = blueprint.autoencoder.get("encoder_block_out_channels") or blueprint.autoencoder["block_out_channels"]
-    return blueprint.network["sample_size"] * 2 ** (len(blocks) - 1)

@@ -40,7 +40,7 @@ class PlannedTeacher:
         self.autoencoder = _shapes(blueprint.autoencoder)
         if autoencoder:
             _with_memory(self.autoencoder)
-        self.codec = Codec(self.autoencoder)
+        self.codec: Codec = self.family.codec(self.autoencoder)
 
     @torch.no_grad()
     def fill(self, seed: int = 0) -> None:
@@ -54,20 +54,19 @@ class PlannedTeacher:
 
     @property
     def default_resolution(self) -> int:
-        return self.network.config.sample_size * self.codec.factor
+        return self.family.sample_size(self.network) * self.codec.factor
+
+    def schedule_at(self, resolution: int) -> NoiseSchedule:
+        """The schedule given; its shift costs no memory."""
+        return self.schedule
 
     def latent_shape(self, resolution: int) -> tuple[int, int, int]:
         return (self.codec.channels, resolution // self.codec.factor, resolution // self.codec.factor)
 
     def encode(self, prompts: Sequence[str], resolution: int) -> Conditioning:
         """Rows of the family's conditioning; the text encoders do not run."""
-        encoders = self.blueprint.text_encoders
-        tokens, width = encoders[0]["max_position_embeddings"], sum(encoder["hidden_size"] for encoder in encoders)
-        rows = {"prompt_embeds": torch.randn(len(prompts), tokens, width)}
-        if len(encoders) > 1:
-            rows["pooled_prompt_embeds"] = torch.randn(len(prompts), encoders[-1]["projection_dim"])
-            rows["time_ids"] = torch.zeros(len(prompts), 6)
-        return Conditioning(rows)
+        shapes = self.family.conditioning_shapes(self.network, self.blueprint.text_encoders)
+        return Conditioning({name: torch.randn(len(prompts), *shape) for name, shape in shapes.items()})
 
     def null(self, resolution: int) -> Conditioning:
         return self.encode([""], resolution)

@@ -61,6 +61,7 @@ class Walk:
         gathered: bytes of network weights that pass by in a step: a network's own for each forward and each backward.
         largest_block: bytes of the largest block of a network.
         sizes: weights of each trained group.
+        resolution: pixels of the images.
     """
 
     phases: dict[str, Counter[str]]
@@ -69,6 +70,7 @@ class Walk:
     gathered: int
     largest_block: int
     sizes: dict[str, int]
+    resolution: int
 
 
 def walk(
@@ -121,7 +123,7 @@ def walk(
             largest = max(_size(block.parameters()) for block in _blocks(teacher.network))
     for phase, peak in tracker.peaks.items():
         peak[ENCODERS] = _encoders_in(phase, peak[ENCODERS], encoders, offloaded)
-    return Walk(tracker.peaks, exchanged, buffer, max(moved), largest, sizes)
+    return Walk(tracker.peaks, exchanged, buffer, max(moved), largest, sizes, trainer.batches.resolution)
 
 
 def _count_gathered(trainer: Trainer) -> Counter[str]:

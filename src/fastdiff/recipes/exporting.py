@@ -20,7 +20,7 @@ from fastdiff.engine.previews import sample_role, write_grid
 from fastdiff.models.conditioning import Conditioning
 from fastdiff.models.denoiser import Denoiser
 from fastdiff.models.embeddings import with_fixed_input
-from fastdiff.models.teacher import Teacher
+from fastdiff.models.teacher import Teacher, scheduler_config
 from fastdiff.recipes.options import HubOptions
 from fastdiff.recipes.recipe import Recipe
 from fastdiff.recipes.student import Student
@@ -59,7 +59,7 @@ def export_run(
             trainer.teacher,
             _record(trainer, recipe, student),
             _predict(trainer),
-            trainer.teacher.encode(PROBE_PROMPTS, trainer.teacher.default_resolution).to(dtype=torch.float32),
+            trainer.teacher.encode(PROBE_PROMPTS, trainer.batches.resolution).to(dtype=torch.float32),
             lambda: fresh_pipeline(trainer.teacher, student, Path(scratch)),
             options,
             _experts(trainer),
@@ -88,12 +88,16 @@ def trained_student(trainer: Trainer) -> export.Student:
     told = trainer.method.sampling_inputs(trainer.networks.denoiser, 1, trainer.device).get("timestep_cond")
     if told is not None and sampler.guidance_scale <= 1:  # above it, the input is the guidance that pipelines embed
         network = with_fixed_input(network, told)
+    family, schedule = trainer.teacher.family, trainer.networks.denoiser.schedule
+    if family.embeds_guidance(network):
+        sampler = dataclasses.replace(sampler, guidance_scale=family.own_guidance)
     return export.Student(
         pipeline=trainer.teacher.pipeline,
         network=network,
-        sampler=sampler,
+        sampler=sampler.storable(scheduler_config(trainer.teacher.pipeline), schedule, family.gives_levels),
         adapters={"student": 1.0} if roles.is_adapter("student") else {},
-        component=trainer.teacher.family.network_name,
+        component=family.network_name,
+        schedule=schedule,
     )
 
 
@@ -103,7 +107,7 @@ def fresh_pipeline(teacher: Teacher, student: export.Student, scratch: Path) -> 
         return Teacher.from_pretrained(teacher.source, revision=teacher.revision).pipeline
     from diffusers import DiffusionPipeline
 
-    base = export.Student(teacher.pipeline, teacher.network, student.sampler, component=student.component)
+    base = dataclasses.replace(student, network=teacher.network, adapters={})
     folder = export.save_pipeline(base, scratch / "teacher", guidance_free=False)
     return DiffusionPipeline.from_pretrained(folder, local_files_only=True)
 
@@ -154,6 +158,7 @@ def _options(trainer: Trainer, recipe: Recipe, pipeline: bool) -> export.ExportO
         pipeline=pipeline and set(trainer.method.experts()) == {"student"},
         license=license,
         beside=trainer.method.export_files(),
+        resolution=trainer.batches.resolution,
         repo_id=hub.hub_model_id or Path(recipe.values["output_dir"]).name,
     )
 

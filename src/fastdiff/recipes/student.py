@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -63,6 +64,8 @@ def call_settings(folder: str | Path, steps: int | None = None, guidance_scale: 
     call = Student(folder).call if (folder / RECORD_FILE).is_file() else {"guidance_scale": 0.0}
     given = {"num_inference_steps": steps, "guidance_scale": guidance_scale}
     call |= {name: value for name, value in given.items() if value is not None}
+    if steps is not None and len(call.get("sigmas", ())) != steps:
+        call.pop("sigmas", None)  # trained levels; another number of steps has others
     if call.get("num_inference_steps", 0) < 1:
         found = f"got {steps}" if steps is not None else f"and {folder} is no student that knows it"
         raise RecipeError(f"--num_inference_steps must be at least 1, {found}")
@@ -105,10 +108,17 @@ def _on_teacher(folder: Path, dtype: torch.dtype) -> Any:
     teacher = Teacher.from_pretrained(record.teacher["source"], revision=record.teacher.get("revision"), dtype=dtype)
     if teacher.identity()["fingerprint"] != record.teacher["fingerprint"]:
         raise ValueError(f"{record.teacher['source']} has other weights now than when {folder} was distilled from it")
-    pipeline, scheduler = teacher.pipeline, teacher.pipeline.scheduler
-    pipeline.scheduler = record.sampler.build_scheduler(scheduler.config, teacher.prediction_type)
+    pipeline = teacher.pipeline
+    pipeline.scheduler = _saved_scheduler(folder / "scheduler")
     if (folder / EXPERTS_FILE).is_file():
         load_experts(pipeline, folder, teacher.family.network_name)
     else:
         pipeline.load_lora_weights(str(folder), weight_name=DIFFUSERS_FILE, local_files_only=True)
     return pipeline
+
+
+def _saved_scheduler(folder: Path) -> Any:
+    import diffusers
+
+    name = json.loads((folder / "scheduler_config.json").read_text(encoding="utf-8"))["_class_name"]
+    return getattr(diffusers, name).from_pretrained(folder)

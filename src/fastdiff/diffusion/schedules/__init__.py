@@ -1,7 +1,7 @@
 """Noise schedules: how much signal and noise there is at a time."""
 
 from .base import NoiseSchedule, Terminal, rewrap
-from .config import schedule_from_config
+from .config import is_flow, schedule_from_config
 from .continuous import EDMSchedule, FlowSchedule, TrigSchedule
 from .vp import CLEAN_INDEX, VPSchedule
 
@@ -13,6 +13,7 @@ __all__ = [
     "Terminal",
     "TrigSchedule",
     "VPSchedule",
+    "is_flow",
     "rewrap",
     "schedule_from_config",
 ]

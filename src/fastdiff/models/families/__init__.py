@@ -3,10 +3,25 @@
 from __future__ import annotations
 
 from fastdiff.models.families.base import Family
+from fastdiff.models.families.flux import Flux
+from fastdiff.models.families.pixart_sigma import PixArtSigma
+from fastdiff.models.families.qwen_image import QwenImage
+from fastdiff.models.families.sana import Sana
 from fastdiff.models.families.stable_diffusion import StableDiffusion
+from fastdiff.models.families.stable_diffusion_3 import StableDiffusion3
 from fastdiff.models.families.stable_diffusion_xl import StableDiffusionXL
+from fastdiff.models.families.z_image import ZImage
 
-FAMILIES: tuple[Family, ...] = (StableDiffusion(), StableDiffusionXL())
+FAMILIES: tuple[Family, ...] = (
+    StableDiffusion(),
+    StableDiffusionXL(),
+    StableDiffusion3(),
+    PixArtSigma(),
+    Flux(),
+    Sana(),
+    QwenImage(),
+    ZImage(),
+)
 
 
 def family_of(pipeline_class: str) -> Family:
@@ -25,4 +40,4 @@ def family_of(pipeline_class: str) -> Family:
     )
 
 
-__all__ = ["FAMILIES", "Family", "StableDiffusion", "StableDiffusionXL", "family_of"]
+__all__ = ["FAMILIES", "Family", "StableDiffusion", "StableDiffusion3", "StableDiffusionXL", "family_of"]

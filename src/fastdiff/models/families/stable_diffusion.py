@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from torch import Tensor, nn
@@ -25,7 +25,7 @@ class StableDiffusion(Family):
     network_name = "unet"
     lora_targets = UNET_LORA_TARGETS
     attention_targets = ("to_q", "to_k", "to_v", "to_out.0")
-    feature_tap = "mid_block"
+    kohya_file = True
 
     def encode_prompts(self, pipeline: Any, prompts: Sequence[str], resolution: int) -> Conditioning:
         embeds, _ = pipeline.encode_prompt(list(prompts), pipeline.text_encoder.device, 1, False)
@@ -38,8 +38,16 @@ class StableDiffusion(Family):
         embeds = cond.tensors["prompt_embeds"]
         return network(x_t, time, encoder_hidden_states=embeds, return_dict=False, **inputs)[0]
 
+    def conditioning_shapes(
+        self, network: nn.Module, text_encoders: Sequence[Mapping[str, Any]]
+    ) -> dict[str, tuple[int, ...]]:
+        return {"prompt_embeds": (text_encoders[0]["max_position_embeddings"], text_encoders[0]["hidden_size"])}
+
     def feature_taps(self, network: nn.Module) -> dict[str, int]:
         return unet_feature_taps(network)
+
+    def middle_taps(self, network: nn.Module) -> dict[str, int]:
+        return unet_middle_taps(network)
 
 
 def unet_feature_taps(network: nn.Module) -> dict[str, int]:
@@ -48,3 +56,8 @@ def unet_feature_taps(network: nn.Module) -> dict[str, int]:
     down = {f"down_blocks.{level}": width for level, width in enumerate(widths)}
     up = {f"up_blocks.{level}": width for level, width in enumerate(reversed(widths))}
     return down | {"mid_block": widths[-1]} | up
+
+
+def unet_middle_taps(network: nn.Module) -> dict[str, int]:
+    """The middle block of a conditional UNet."""
+    return {"mid_block": network.config.block_out_channels[-1]}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from fastdiff.models.conditioning import Conditioning
 from fastdiff.models.families.base import Family
-from fastdiff.models.families.stable_diffusion import UNET_LORA_TARGETS, unet_feature_taps
+from fastdiff.models.families.stable_diffusion import UNET_LORA_TARGETS, unet_feature_taps, unet_middle_taps
 
 
 class StableDiffusionXL(Family):
@@ -24,7 +24,7 @@ class StableDiffusionXL(Family):
     network_name = "unet"
     lora_targets = UNET_LORA_TARGETS
     attention_targets = ("to_q", "to_k", "to_v", "to_out.0")
-    feature_tap = "mid_block"
+    kohya_file = True
 
     def encode_prompts(self, pipeline: Any, prompts: Sequence[str], resolution: int) -> Conditioning:
         device = pipeline.text_encoder_2.device
@@ -47,8 +47,24 @@ class StableDiffusionXL(Family):
             0
         ]
 
+    def conditioning_shapes(
+        self, network: nn.Module, text_encoders: Sequence[Mapping[str, Any]]
+    ) -> dict[str, tuple[int, ...]]:
+        width = sum(encoder["hidden_size"] for encoder in text_encoders)
+        embeds, pooled = (text_encoders[0]["max_position_embeddings"], width), (text_encoders[1]["projection_dim"],)
+        return {"prompt_embeds": embeds, "pooled_prompt_embeds": pooled, "time_ids": (6,)}
+
     def feature_taps(self, network: nn.Module) -> dict[str, int]:
         return unet_feature_taps(network)
+
+    def middle_taps(self, network: nn.Module) -> dict[str, int]:
+        return unet_middle_taps(network)
+
+    def sampling_arguments(self, cond: Conditioning, noise: Tensor, pixels: int) -> dict[str, Any]:
+        arguments = super().sampling_arguments(cond, noise, pixels)
+        height, width, top, left, *target = (int(size) for size in arguments.pop("time_ids")[0].tolist())
+        sizes = {"original_size": (height, width), "crops_coords_top_left": (top, left), "target_size": tuple(target)}
+        return arguments | sizes
 
 
 def _bundle(embeds: Tensor, pooled: Tensor, resolution: int) -> Conditioning:

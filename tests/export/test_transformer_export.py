@@ -1,0 +1,103 @@
+"""Students of transformer families: what is exported is loaded back by stock diffusers and is the trainer's own."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from tiny_transformers import BUILDERS, build
+
+from fastdiff.data import PromptData
+from fastdiff.engine import Settings, Trainer
+from fastdiff.export.lora import DIFFUSERS_FILE, KOHYA_FILE
+from fastdiff.methods import method_named
+from fastdiff.models.teacher import Teacher
+from fastdiff.recipes import resolve
+from fastdiff.recipes.exporting import export_run
+from fastdiff.recipes.student import call_settings, load_pipeline
+
+QUICK = ("stable_diffusion_3", "flux")
+NAMES = [
+    pytest.param(name, marks=() if name in QUICK else pytest.mark.slow)
+    for name in (builder.__name__ for builder in BUILDERS)
+]
+
+
+FOUR_STEPS = {"method": "dmd2", "timesteps": [999, 749, 499, 249]}
+
+
+def exported(name: str, folder, values=FOUR_STEPS):
+    """A student with visible adapter weights, written and loaded back; raises where stock diffusers disagrees."""
+    recipe = resolve(
+        {
+            "output_dir": str(folder / "run"),
+            "resolution": 32,
+            "lora_rank": 2,
+            "report_to": "none",
+            **values,
+        }
+    )
+    cls = method_named(recipe.method)
+    teacher = Teacher(build(name))
+    trainer = Trainer(cls(recipe.build(cls.Config)), teacher, PromptData(["a"]), recipe.build(Settings))
+    generator = torch.Generator().manual_seed(5)
+    with torch.no_grad():
+        for parameter in trainer.networks.parameters("student"):
+            parameter += 0.05 * torch.randn(parameter.shape, generator=generator)
+    return trainer, export_run(trainer, recipe, folder / "student")
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_lora_student_loads_back(name, tmp_path):
+    trainer, student = exported(name, tmp_path)
+    family = trainer.teacher.family
+    report = student.record.load_back
+    assert report["ok"] and len(report["checks"]) == (2 if family.loads_lora else 1)
+    assert not (student.folder / KOHYA_FILE).exists()
+    assert (student.folder / DIFFUSERS_FILE).exists() == family.loads_lora
+    if family.loads_lora:
+        keys = load_file(student.folder / DIFFUSERS_FILE)
+        assert all(
+            key.startswith("transformer.") and key.endswith((".lora_A.weight", ".lora_B.weight")) for key in keys
+        )
+    assert student.call["guidance_scale"] == (3.5 if name == "flux" else 0.0)
+    # Only where the pipeline leaves a shifted grid to its scheduler do users pass the levels.
+    assert ("sigmas" in student.call) == (name in ("stable_diffusion_3", "sana"))
+    config = json.loads((student.folder / "scheduler" / "scheduler_config.json").read_text())
+    assert not config.get("use_dynamic_shifting")
+    assert call_settings(student.folder, steps=2).get("sigmas") is None
+
+
+@pytest.mark.slow
+def test_the_saved_scheduler_has_the_levels_of_the_trained_resolution(tmp_path):
+    trainer, student = exported("flux", tmp_path)
+    pipeline = load_pipeline(student.folder, device="cpu")
+    pipeline("b", height=32, width=32, output_type="latent", **student.call)
+    shift = trainer.networks.denoiser.schedule.shift
+    assert shift != trainer.teacher.schedule.shift
+    levels = [shift * u / (1 + (shift - 1) * u) for u in (1.0, 0.75, 0.5, 0.25)]
+    assert pipeline.scheduler.sigmas.tolist() == pytest.approx([*levels, 0.0], abs=1e-5)
+
+
+def test_levels_that_are_passed_are_the_trained_ones(tmp_path):
+    _, student = exported("stable_diffusion_3", tmp_path)
+    pipeline = load_pipeline(student.folder, device="cpu")
+    pipeline("b", height=32, width=32, output_type="latent", **student.call)
+    assert pipeline.scheduler.sigmas.tolist() == pytest.approx([1, 0.9, 0.75, 0.5, 0], abs=1e-5)
+    assert "sigmas=[1, 0.9, 0.75, 0.5]" in (student.folder / "README.md").read_text()
+
+
+@pytest.mark.slow
+def test_a_full_student_loads_back(tmp_path):
+    _, student = exported("pixart_sigma", tmp_path, {"method": "lcm", "student": "full"})
+    assert student.record.load_back["ok"] and student.kind == "full"
+
+
+@pytest.mark.slow
+def test_lora_files_alone_are_refused_where_no_pipeline_reads_them(tmp_path):
+    trainer, _ = exported("pixart_sigma", tmp_path)
+    recipe = resolve({"method": "dmd2", "output_dir": str(tmp_path / "run")})
+    with pytest.raises(ValueError, match="PixArtSigmaPipeline of diffusers loads no LoRA"):
+        export_run(trainer, recipe, tmp_path / "other", pipeline=False)
