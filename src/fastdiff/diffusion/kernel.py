@@ -68,6 +68,10 @@ class KernelTeacher:
         mode = ((allowed.cumsum(1) - 1 == rank[:, None]) & (allowed == 1)).long().argmax(1)
         return (self._modes.like(flat)[mode] + self.bandwidth * flat).reshape(z.shape)
 
+    def modes(self, like: Tensor) -> Tensor:
+        """The latents (N, ...) on the device of ``like``, float32 or better."""
+        return self._modes.like(like).reshape(-1, *self.shape)
+
     def nearest_mode(self, x: Tensor) -> Tensor:
         """(B,) index of the latent closest to each clean sample, over all groups."""
         return self._squared_distances(x.flatten(1).to(compute_dtype(x)), 1.0).argmin(1)
