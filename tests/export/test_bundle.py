@@ -3,9 +3,11 @@
 import pytest
 import torch
 from diffusers import DiffusionPipeline
+from export_helpers import Trained
 from huggingface_hub import ModelCard
 
 from fastdiff.export import ExportOptions, License, LoadBackError, StudentRecord, export_student, read_record
+from fastdiff.models.sampler import SamplerSpec
 
 
 def export(trained, folder, fresh, predict=None, **options):
@@ -66,10 +68,6 @@ def test_a_student_that_does_not_load_back_is_not_written(trained_sd, fresh, tmp
 
 
 def test_a_teacher_from_disk_leaves_no_path_behind(tiny_sd_folder, tmp_path, fresh):
-    from conftest import Trained
-
-    from fastdiff.models.sampler import SamplerSpec
-
     pipeline = DiffusionPipeline.from_pretrained(tiny_sd_folder)
     pipeline.set_progress_bar_config(disable=True)
     export(Trained(pipeline, SamplerSpec("lcm", (399,))), tmp_path / "student", fresh)
