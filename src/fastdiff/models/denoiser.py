@@ -99,6 +99,8 @@ class Denoiser:
         self.kind = kind
         self.compute_dtype = compute_dtype
         self.one_call = one_call
+        self.expose_features = False
+        """Features are outputs of the network as well: hooks on it must see everything that backward starts from."""
         self.cost = Cost()
 
     @property
@@ -178,7 +180,13 @@ class Denoiser:
         x = x_t.to(self.compute_dtype).repeat(copies, *[1] * (x_t.dim() - 1))
         cond = Conditioning.cat(conds).to(dtype=self.compute_dtype)
         self.cost.count(len(x), asks[0].role, self.roles, x_t)
-        with self.roles.active.use(tuple(parts)), self._precision(network), _tapped(network, taps, stop):
+        tapped = _exposed(network, taps) if self.expose_features else contextlib.nullcontext()
+        with (
+            self.roles.active.use(tuple(parts)),
+            self._precision(network),
+            _tapped(network, taps, stop),
+            tapped,
+        ):
             return self.family.call(network, x, times.repeat(copies), cond, **inputs)
 
     def _predictions(self, native: Tensor, x_t: Tensor, t: Tensor, asks: Sequence[Ask]) -> list[Prediction]:
@@ -223,3 +231,25 @@ def _tapped(network: nn.Module, taps: Taps | None, stop: bool) -> Iterator[None]
     finally:
         for handle in handles:
             handle.remove()
+
+
+@contextlib.contextmanager
+def _exposed(network: nn.Module, taps: Taps | None) -> Iterator[None]:
+    """Inside, the network returns its features after its own output, and alone when it stops at them."""
+    if taps is None:
+        yield
+        return
+    forward = network.forward
+
+    def exposing(*args: Any, **kwargs: Any) -> tuple[Any, ...]:
+        try:
+            output = forward(*args, **kwargs)
+        except _AllCollected:
+            output = ()
+        return (*output, *taps.features.values())
+
+    network.forward = exposing
+    try:
+        yield
+    finally:
+        del network.forward  # the class's own again
