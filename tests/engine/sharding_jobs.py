@@ -26,6 +26,7 @@ CASES = {
     "full_recomputed": ("dmd2", {"student": "full", "fake_score": "full"} | _RECOMPUTED),
     "lora": ("dmd2", {"student": "lora", "fake_score": "lora", "ema_decay": 0.5}),
     "lora_recomputed": ("dmd2", {"student": "lora", "fake_score": "lora"} | _RECOMPUTED),
+    "bf16": ("dmd2", {"student": "full", "fake_score": "full", "mixed_precision": "bf16"}),
     "lcm": ("lcm", {"student": "full", "ema_decay": 0.5}),
 }
 """Both methods go through a network without training it: DMD2's student through the critic, LCM's target."""
@@ -49,8 +50,9 @@ def trainer(pipeline: Any, case: str, folder: Path, world: int, **settings) -> T
 def descend(pipeline: Any, case: str, folder: Path, world: int, **settings) -> None:
     """Plain gradient descent, which shows gradients as they are; leaves all weights and metrics in the folder."""
     run = trainer(pipeline, case, folder, world, **settings)
+    rate = 10.0 if run.settings.student == "lora" else 0.1  # new adapters are products with zero: small gradients
     for optimizer in run.optimizers.values():
-        optimizer.optimizer = torch.optim.SGD(optimizer.parameters, lr=0.1, fused=True)
+        optimizer.optimizer = torch.optim.SGD(optimizer.parameters, lr=rate, fused=True)
     metrics = []
     for batches in run.batches.steps(0):
         run.train_step(batches)

@@ -61,10 +61,10 @@ class Networks:
             return
         self.roles.check_fit(role, state)
         held = self.sharded[role]
-        parts = held.parts({name: state[name] for name in held.names}, range(len(held.names)))
+        numbers = {name: number for number, name in enumerate(held.names)}
         with torch.no_grad():
-            for name, parameter in zip(held.names, held.parameters):
-                parameter.copy_(parts[name])
+            for name, part in held.parts(state, [numbers[name] for name in state]).items():
+                held.parameters[numbers[name]].copy_(part)
 
     def rest(self) -> None:
         """Between steps."""

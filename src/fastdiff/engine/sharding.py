@@ -58,7 +58,8 @@ class Shards:
         Raises:
             ValueError: if the network does not say what its blocks are.
         """
-        hollow = _hollow(network, [*adapters, *network.buffers(), *shared])
+        kept = [*adapters, *network.buffers(), *shared]
+        hollow = _hollow(network, kept)
         options = {
             "mesh": self.mesh,
             "mp_policy": self.precision,
@@ -72,19 +73,25 @@ class Shards:
         with torch.no_grad():
             for parameter in adapters:
                 parameter.data = parameter.to(self.device)
-        return Sharded(network, hollow, self.mesh[_SHARD] if self.mesh.ndim > 1 else self.mesh)
+        mesh = self.mesh[_SHARD] if self.mesh.ndim > 1 else self.mesh
+        return Sharded(network, mesh, lambda: _hollow(hollow, kept))
 
 
 class Sharded:
     """The slices that this process holds of one network.
+
+    Args:
+        network: a sharded one.
+        mesh: the processes it is cut over.
+        hollow: makes an ordinary copy of it without weights.
 
     Attributes:
         parameters: one plain tensor a weight, sharing memory with the network's own slice; some may be empty.
         leaves: the gathered weights, which autograd sees; they hold memory only while their block works.
     """
 
-    def __init__(self, network: nn.Module, hollow: nn.Module, mesh: DeviceMesh) -> None:
-        self.network, self._hollow, self._mesh = network, hollow, mesh
+    def __init__(self, network: nn.Module, mesh: DeviceMesh, hollow: Callable[[], nn.Module]) -> None:
+        self.network, self._mesh, self._hollow = network, mesh, hollow
         gathered = _gathered_parameters(network)
         own = {name: parameter for name, parameter in network.named_parameters() if isinstance(parameter, DTensor)}
         self.names = list(own)
@@ -121,7 +128,7 @@ class Sharded:
         if not keep:
             read(weights)
             return None
-        network = _hollow(self._hollow, [p for p in self._hollow.parameters() if not p.is_meta])
+        network = self._hollow()
         network.load_state_dict(dict(weights), strict=False, assign=True)
         return network
 
