@@ -94,23 +94,30 @@ def test_two_nodes_of_two_equal_one(_sd_original, folder, case):
         assert held["student"] == pytest.approx(alone["student"] / 2, rel=0.02)
 
 
+@pytest.fixture(scope="module")
+def on_two(_sd_original, tmp_path_factory):
+    """A run of two steps on two processes, with a checkpoint after each."""
+    run = tmp_path_factory.mktemp("two")
+    launch(train, 2, _sd_original, "full", run, 2)
+    return run
+
+
 @pytest.mark.slow
 @pytest.mark.launch
-def test_a_checkpoint_goes_on_on_another_number_of_processes(_sd_original, folder):
-    run = folder("two")
-    launch(train, 2, _sd_original, "full", run, 2)
-    step = run / "checkpoints" / "step-1"
-    for processes in (2, 1, 4):
-        again, resume = folder(f"on {processes}"), {"resume_from_checkpoint": str(step)}
-        if processes == 1:
-            train(_sd_original, "full", again, 1, **resume)
-        else:
-            launch(train, processes, _sd_original, "full", again, processes, **resume)
-        if processes == 2:
-            assert set(differences(run, again).values()) == {0.0}
-        groups = {name.split("/")[0] for name in differences(run, again)}
-        assert groups >= {"student", "fake_score", "discriminator", "ema", "optimizer_student", "optimizer_fake_score"}
-        assert_close(run, again)
+@pytest.mark.parametrize("processes", [1, 2, 4])
+def test_a_checkpoint_of_two_processes_goes_on_on_any_number(_sd_original, on_two, tmp_path, processes):
+    how = (_sd_original, "full", tmp_path, processes)
+    resume = {"resume_from_checkpoint": str(on_two / "checkpoints" / "step-1")}
+    if processes == 1:
+        train(*how, **resume)
+    else:
+        launch(train, processes, *how, **resume)
+    found = differences(on_two, tmp_path)
+    groups = {name.split("/")[0] for name in found}
+    assert groups >= {"student", "fake_score", "discriminator", "ema", "optimizer_student", "optimizer_fake_score"}
+    if processes == 2:
+        assert set(found.values()) == {0.0}
+    assert_close(on_two, tmp_path)
 
 
 @pytest.mark.slow
