@@ -93,7 +93,9 @@ def _failure(error: Exception) -> str | None:
 
 
 def _complain(message: str, code: int) -> int:
-    print("fastdiff: error: " + " ".join(message.split()), file=sys.stderr)
+    several = int(os.environ.get("WORLD_SIZE") or 1) > 1
+    who = f"fastdiff, process {os.environ.get('RANK', '?')}: error: " if several else "fastdiff: error: "
+    print(who + " ".join(message.split()), file=sys.stderr)
     return code
 
 

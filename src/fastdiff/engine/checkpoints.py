@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import Tensor
 
 from fastdiff.engine.files import whole_folder, write_json
@@ -19,11 +20,28 @@ STATE = "state.json"
 class Checkpointable(Protocol):
     """What can be saved: named groups of tensors, and JSON values."""
 
-    def tensor_groups(self) -> dict[str, dict[str, Tensor]]: ...
+    def tensor_groups(self) -> dict[str, Mapping[str, Tensor]]: ...
 
     def json_state(self) -> dict[str, Any]: ...
 
-    def load_state(self, tensors: dict[str, dict[str, Tensor]], values: dict[str, Any]) -> None: ...
+    def load_state(self, tensors: dict[str, Mapping[str, Tensor]], values: dict[str, Any]) -> None: ...
+
+
+class OnDisk(Mapping[str, Tensor]):
+    """Tensors of a file, each read when it is asked for: a process that holds a part never has the whole."""
+
+    def __init__(self, path: Path) -> None:
+        self._file = safe_open(path, "pt")
+        self._names = list(self._file.keys())
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self._file.get_tensor(name)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._names)
+
+    def __len__(self) -> int:
+        return len(self._names)
 
 
 class Checkpoints:
@@ -59,7 +77,7 @@ class Checkpoints:
         missing = [group for group in values["groups"] if not (folder / f"{group}.safetensors").is_file()]
         if missing:
             raise FileNotFoundError(f"checkpoint {folder} lacks {missing[0]}.safetensors; resume from another one.")
-        run.load_state({group: load_file(folder / f"{group}.safetensors") for group in values["groups"]}, values)
+        run.load_state({group: OnDisk(folder / f"{group}.safetensors") for group in values["groups"]}, values)
 
     def read_state(self, folder: Path) -> dict[str, Any]:
         """The JSON part of a checkpoint."""

@@ -7,13 +7,14 @@ share one module with different adapters at work, which DistributedDataParallel'
 from __future__ import annotations
 
 import logging
-import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch._utils import _flatten_dense_tensors, _unflatten_dense_tensors
+
+from fastdiff.engine.announced import announced_processes
 
 logger = logging.getLogger(__name__)
 
@@ -39,6 +40,35 @@ def average_gradients(parameters: Sequence[nn.Parameter]) -> None:
         torch._foreach_copy_(same, list(_unflatten_dense_tensors(flat, same)))
 
 
+class Replicated:
+    """Weights of a group that every process holds whole; see `engine.sharding.Sharded` for the other kind.
+
+    Attributes:
+        parameters: what the optimizer moves.
+        leaves: what autograd sees; the same here.
+    """
+
+    def __init__(self, parameters: Iterable[nn.Parameter]) -> None:
+        self.parameters = list(parameters)
+        self.leaves: list[Tensor] = self.parameters
+
+    def collect_gradients(self) -> None:
+        """After the last backward of an update, `parameters` get the gradients averaged over all processes."""
+        average_gradients(self.parameters)
+
+    def norm(self, own: Tensor) -> Tensor:
+        """The norm of whole gradients from that of this process's part."""
+        return own
+
+    def whole(self, tensors: Mapping[str, Tensor], numbers: Iterable[int]) -> Mapping[str, Tensor]:
+        """Tensors that lie like the parameters of these numbers (weights, averages, moments), each of them whole."""
+        return tensors
+
+    def parts(self, tensors: Mapping[str, Tensor], numbers: Iterable[int]) -> Mapping[str, Tensor]:
+        """The reverse of `whole`: what this process holds."""
+        return tensors
+
+
 def global_mean(value: Tensor) -> Tensor:
     """The mean over processes of a detached tensor."""
     if not is_distributed():
@@ -53,7 +83,7 @@ def warn_if_alone(world: int) -> None:
 
     `accelerate launch --cpu --num_processes 2` starts a single process without a word (accelerate issue 2741).
     """
-    announced = int(os.environ.get("ACCELERATE_NUM_PROCESSES", os.environ.get("WORLD_SIZE", "1")) or 1)
+    announced = announced_processes()
     if announced > world:
         logger.warning(
             "%d processes were announced but one is running. On CPUs launch with: "

@@ -2,34 +2,91 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
-from dataclasses import dataclass, replace
+import logging
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, replace
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
+from fastdiff.engine.distributed import Replicated, is_distributed
 from fastdiff.engine.settings import RoleKind, Settings
+from fastdiff.engine.sharding import Sharded, Shards
 from fastdiff.methods import Method
 from fastdiff.models.denoiser import Denoiser
-from fastdiff.models.roles import AdapterSpec, FullSpec, Roles
+from fastdiff.models.roles import TEACHER, AdapterSpec, FullSpec, Roles
 from fastdiff.models.scorers import Scorer
 from fastdiff.models.teacher import TeacherLike
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
 class Networks:
-    """The denoiser over all roles, and the trainable modules beside it."""
+    """The denoiser over all roles, the trainable modules beside it, and which roles are sharded."""
 
     denoiser: Denoiser
     modules: dict[str, nn.Module]
+    sharded: Mapping[str, Sharded] = field(default_factory=dict)
+    """Sharded networks: full roles, and the base as the teacher's."""
 
     @property
     def roles(self) -> Roles:
         return self.denoiser.roles
 
+    def held(self, group: str) -> Replicated | Sharded:
+        """How this process holds the weights of a role or module."""
+        if group in self.sharded:
+            return self.sharded[group]
+        module = self.modules.get(group)
+        return Replicated(self.roles.parameters(group) if module is None else module.parameters())
+
     def parameters(self, group: str) -> list[nn.Parameter]:
-        """The parameters of a role or module."""
-        return list(self.modules[group].parameters()) if group in self.modules else self.roles.parameters(group)
+        """The parameters of a role or module, as this process holds them."""
+        return self.held(group).parameters
+
+    def state_dict(self, role: str) -> Mapping[str, Tensor]:
+        """Whole weights of a role; where they are sharded, all processes read them together."""
+        if role not in self.sharded:
+            return self.roles.state_dict(role)
+        held = self.sharded[role]
+        return held.whole(dict(zip(held.names, held.parameters)), range(len(held.names)))
+
+    def load_state_dict(self, role: str, state: Mapping[str, Tensor]) -> None:
+        """Copies whole weights into a role, of which a process takes its part."""
+        if role not in self.sharded:
+            self.roles.load_state_dict(role, state)
+            return
+        self.roles.check_fit(role, state)
+        held = self.sharded[role]
+        numbers = {name: number for number, name in enumerate(held.names)}
+        with torch.no_grad():
+            for name, part in held.parts(state, [numbers[name] for name in state]).items():
+                held.parameters[numbers[name]].copy_(part)
+
+    def rest(self) -> None:
+        """Between steps."""
+        for held in self.sharded.values():
+            held.rest()
+
+    @contextlib.contextmanager
+    def whole(self, keep: bool, *roles: str) -> Iterator[dict[nn.Module, nn.Module]]:
+        """Inside, these roles and the base are whole networks on a process that keeps them, and run without the others.
+
+        Yields:
+            The whole network for each sharded one.
+        """
+        copies = {}
+        for role in (TEACHER, *roles):
+            if role in self.sharded:
+                copies[self.sharded[role].network] = self.sharded[role].whole_copy(keep)
+        if not keep:
+            yield {}
+            return
+        with self.roles.replaced(copies):
+            yield copies
 
 
 def build_networks(method: Method, teacher: TeacherLike, settings: Settings, scorer: Scorer | None = None) -> Networks:
@@ -53,6 +110,12 @@ def build_networks(method: Method, teacher: TeacherLike, settings: Settings, sco
             "guidance and was not trained without one: take a teacher with an unconditional branch, or a method that "
             "asks for guidance by its strength (dmd2, lcm, pcm)"
         )
+    device = _device(teacher.network)
+    cuts = settings.fsdp != "none" and is_distributed()
+    if cuts:
+        teacher.network.to("cpu")  # copies are made there: a device never holds more than its slices and one block
+    elif settings.fsdp != "none":
+        logger.info("fsdp %s: one process has nothing to share its networks with", settings.fsdp)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(settings.seed)
         roles = Roles(teacher.network, _specs(method, teacher, settings), settings.gradient_checkpointing)
@@ -65,8 +128,24 @@ def build_networks(method: Method, teacher: TeacherLike, settings: Settings, sco
             one_call=not settings.split_roles,
         )
         modules = method.modules(denoiser) | (method.scorer_modules(scorer) if scorer else {})
-        modules = {name: module.to(_device(teacher.network)) for name, module in modules.items()}
-    return Networks(denoiser, modules)
+        modules = {name: module.to(device) for name, module in modules.items()}
+    return Networks(denoiser, modules, _sharded(method, denoiser, settings, device) if cuts else {})
+
+
+def _sharded(method: Method, denoiser: Denoiser, settings: Settings, device: torch.device) -> dict[str, Sharded]:
+    """The base and every full role, cut."""
+    roles = denoiser.roles
+    full = [role for role in roles if not roles.is_adapter(role)]
+    if recorded := sorted(set(full) & set(method.frozen())):
+        raise ValueError(
+            f"{method.info.name} keeps weights of {recorded[0]} outside of training, which fsdp cannot cut: train "
+            "adapters, or leave out fsdp"
+        )
+    shards = Shards(settings.fsdp, device, torch.bfloat16 if settings.mixed_precision == "bf16" else None)
+    adapters = [weight for role in roles if roles.is_adapter(role) for weight in roles.parameters(role)]
+    denoiser.expose_features = True
+    base = shards.cut(roles.base, adapters, [roles.active])
+    return {TEACHER: base} | {role: shards.cut(roles.network(role), (), [roles.active]) for role in full}
 
 
 def _specs(method: Method, teacher: TeacherLike, settings: Settings) -> dict[str, AdapterSpec | FullSpec]:

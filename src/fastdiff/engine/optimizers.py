@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -29,6 +29,7 @@ class GroupOptimizer:
         in_backward: step each parameter inside backward, as soon as its gradient is whole, and drop the gradient. The
             norm of all gradients is not known then, so each tensor's own norm is clipped to `max_grad_norm` instead,
             and every micro-batch is a step.
+        whole_norm: the norm of whole gradients from that of the part this process holds.
     """
 
     def __init__(
@@ -38,8 +39,10 @@ class GroupOptimizer:
         group: Group,
         settings: Settings,
         in_backward: bool = False,
+        whole_norm: Callable[[Tensor], Tensor] = lambda own: own,
     ) -> None:
         self.name = name
+        self.whole_norm = whole_norm
         self.parameters = list(parameters)
         self.max_grad_norm = settings.max_grad_norm
         self.optimizer = _adam(name, self.parameters, group, settings, in_backward)
@@ -64,7 +67,7 @@ class GroupOptimizer:
             self._norms.clear()
             return norm
         gradients = [parameter.grad for parameter in self.parameters if parameter.grad is not None]
-        norm = torch.nn.utils.get_total_norm(gradients)
+        norm = self.whole_norm(torch.nn.utils.get_total_norm(gradients))
         torch.nn.utils.clip_grads_with_norm_(self.parameters, self.max_grad_norm, norm)
         self.optimizer.found_inf = (~norm.isfinite()).float()
         self.optimizer.step()
@@ -106,7 +109,7 @@ class GroupOptimizer:
         state = {"schedule": {"last_epoch": self.schedule.last_epoch}, "optimizer": type(self.optimizer).__name__}
         return state | ({"counts": self.optimizer.counts} if isinstance(self.optimizer, LowPrecisionAdamW) else {})
 
-    def load_state(self, tensors: dict[str, Tensor], values: dict[str, Any]) -> None:
+    def load_state(self, tensors: Mapping[str, Tensor], values: dict[str, Any]) -> None:
         """Restores `state_tensors` and `state_json`.
 
         Raises:

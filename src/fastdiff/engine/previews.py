@@ -57,7 +57,7 @@ class Previews:
         self._teacher_row: Tensor | None = None
 
     def __call__(self, trainer: Trainer, label: str) -> None:
-        if not trainer.is_main or not self.prompts:
+        if not self.prompts or not (trainer.is_main or trainer.networks.sharded):
             return
         cond = trainer.teacher.encode(self.prompts, trainer.batches.resolution).to(trainer.device)
         if self._teacher_row is None:
@@ -66,7 +66,8 @@ class Previews:
         with trainer.student.evaluated():
             latents = sample_role(trainer, cond, trainer.method.sampler())
         rows = [self._teacher_row, _decoded(trainer, latents)]
-        write_grid(trainer.folder / "previews" / f"{label}.png", rows)
+        if trainer.is_main:
+            write_grid(trainer.folder / "previews" / f"{label}.png", rows)
 
 
 @torch.no_grad()

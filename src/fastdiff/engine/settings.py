@@ -9,6 +9,7 @@ from typing import Any, Literal
 from fastdiff.models.scorers import LOSS_TOWER
 
 RoleKind = Literal["lora", "full"]
+Sharding = Literal["none", "full_shard", "hybrid_shard"]
 
 
 def setting(default: Any, help: str) -> Any:
@@ -66,6 +67,10 @@ class Settings:
     mixed_precision: Literal["no", "bf16"] = setting("no", "compute type; trained weights stay float32")
     gradient_checkpointing: bool = setting(False, "recompute activations in backward: slower, much less memory")
     split_roles: bool = setting(False, "evaluate teacher and critics one after the other: less memory, more calls")
+    fsdp: Sharding = setting(
+        "none",
+        "cut full networks and the frozen base over all processes, or (hybrid) over those of a node; adapters stay whole",
+    )
     allow_tf32: bool = setting(False, "TF32 matrix products on Ampere and newer")
 
     checkpointing_steps: int = setting(500, "steps between checkpoints")
@@ -96,6 +101,21 @@ class Settings:
             )
         if self.fake_score_dtype == "bf16" and self.mixed_precision != "bf16":
             raise ValueError("fake_score_dtype bf16 computes in bf16 as well: give mixed_precision bf16")
+        if self.fsdp != "none":
+            self._check_sharding()
+
+    def _check_sharding(self) -> None:
+        if self.fake_score_dtype != "fp32" or self.fake_score_in_backward:
+            raise ValueError(
+                "fake_score_dtype bf16 and fake_score_in_backward are for critics that one device holds whole: moments in "
+                "8 bits share scales across the cuts of fsdp. Sharded float32 training needs 16 bytes a weight over all "
+                "processes together: leave them out, or fsdp"
+            )
+        if self.use_8bit_adam and "full" in (self.student, self.fake_score):
+            raise ValueError(
+                "use_8bit_adam shares scales across the cuts of fsdp: leave it out for full networks, whose moments are "
+                "sharded anyway, or leave out fsdp"
+            )
 
 
 _POSITIVE = (

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,7 @@ from fastdiff.data.source import TrainingData
 from fastdiff.diffusion.randomness import Randomness
 from fastdiff.engine.batches import Batches
 from fastdiff.engine.checkpoints import Checkpoints
-from fastdiff.engine.distributed import average_gradients, global_mean, warn_if_alone
+from fastdiff.engine.distributed import global_mean, warn_if_alone
 from fastdiff.engine.files import writable_folder
 from fastdiff.engine.interrupts import Interrupts
 from fastdiff.engine.memory import peak_memory, state_memory
@@ -24,6 +24,7 @@ from fastdiff.engine.metrics import DeferredMetrics
 from fastdiff.engine.networks import Networks, build_networks
 from fastdiff.engine.optimizers import GroupOptimizer
 from fastdiff.engine.settings import Settings
+from fastdiff.engine.sharding import read
 from fastdiff.engine.student import StudentWeights
 from fastdiff.engine.tracking import Tracker
 from fastdiff.methods import Batch, Context, Method, Update
@@ -72,15 +73,18 @@ class Trainer:
         torch.backends.cuda.matmul.allow_tf32 = settings.allow_tf32
         warn_if_alone(self.accelerator.num_processes)
         self.scorer: Scorer | None = open_scorer(settings.scorer, self.device) if method.needs_scorer() else None
+        self.identity = teacher.identity()
         self.networks: Networks = build_networks(method, teacher, settings, self.scorer)
         groups = method.groups()
+        self.held = {name: self.networks.held(name) for name in groups}
         self.optimizers = {
             name: GroupOptimizer(
                 name,
-                self.networks.parameters(name),
+                self.held[name].parameters,
                 group,
                 settings,
                 in_backward=settings.fake_score_in_backward and name in method.critics,
+                whole_norm=self.held[name].norm,
             )
             for name, group in groups.items()
         }
@@ -150,18 +154,19 @@ class Trainer:
         stores: list[dict[str, Any]] = [{} for _ in batches]
         for update in self.method.updates(self.step):
             # Gradients of other groups are never computed: a loss may pass through a critic without training it.
-            trained = [parameter for group in update.trains for parameter in self.optimizers[group].parameters]
+            trained = [leaf for group in update.trains for leaf in self.held[group].leaves]
             cost.trained = update.trains
             for batch, store in zip(batches, stores):
                 loss = self._loss(update, batch, store)
                 (loss / len(batches)).backward(inputs=trained)
             for group in update.trains:
-                average_gradients(self.optimizers[group].parameters)
+                self.held[group].collect_gradients()
                 norm = self.optimizers[group].step()
                 self.metrics.add(f"grad_norm/{group}", norm, self.step + 1)
                 self._follow(group)
         for optimizer in self.optimizers.values():
             optimizer.end_step()
+        self.networks.rest()
         self.network_passes += cost.passes - before
         self.step += 1
 
@@ -180,7 +185,8 @@ class Trainer:
         terms = update.loss(batch, ctx)
         for name, term in terms.items():
             self.metrics.add(f"loss/{update.name}/{name}", global_mean(term.detach()), self.step + 1)
-        if len(terms) > 1 and self.step % (10 * self.settings.log_every) == 0:
+        # Sharded, they would need every gradient whole at once.
+        if len(terms) > 1 and self.step % (10 * self.settings.log_every) == 0 and not self.networks.sharded:
             self._term_gradients(update, terms)
         return sum(terms.values())
 
@@ -242,9 +248,12 @@ class Trainer:
     # Checkpointing
 
     def save(self, name: str | None = None) -> None:
-        """Writes a checkpoint from the main process; all processes wait for it."""
+        """Writes a checkpoint from the main process; all processes help to gather what is sharded, and wait for it."""
         if self.is_main:
             self.checkpoints.save(self, name or f"step-{self.step}")
+        elif self.networks.sharded:
+            for tensors in self.tensor_groups().values():
+                read(tensors)
         self.accelerator.wait_for_everyone()
 
     def _resume(self) -> None:
@@ -254,15 +263,22 @@ class Trainer:
             self.checkpoints.load(self, folder)
             logger.info("resumed from %s at step %d", folder, self.step)
 
-    def tensor_groups(self) -> dict[str, dict[str, Tensor]]:
-        """Weights of every role and module, optimizer states, averages and the method's memory."""
-        roles = self.networks.roles
-        groups = {name: roles.state_dict(name) for name in self.optimizers if name in roles}
-        groups |= {t.role: roles.state_dict(t.role) for t in self.method.targets() if t.role in roles}
-        groups |= {role: roles.state_dict(role) for role in self.method.frozen()}
-        groups |= {name: module.state_dict() for name, module in self.networks.modules.items()}
-        groups |= {f"optimizer_{name}": optimizer.state_tensors() for name, optimizer in self.optimizers.items()}
-        groups |= {"ema": self.student.average_tensors(), "method": self.method.state_dict()}
+    def tensor_groups(self) -> dict[str, Mapping[str, Tensor]]:
+        """Weights of every role and module, optimizer states, averages and the method's memory.
+
+        What is sharded is gathered whole when it is read, by all processes in the same order.
+        """
+        networks, roles = self.networks, self.networks.roles
+        groups = {name: networks.state_dict(name) for name in self.optimizers if name in roles}
+        groups |= {t.role: networks.state_dict(t.role) for t in self.method.targets() if t.role in roles}
+        groups |= {role: networks.state_dict(role) for role in self.method.frozen()}
+        groups |= {name: module.state_dict() for name, module in networks.modules.items()}
+        for name, optimizer in self.optimizers.items():
+            states = optimizer.state_tensors()
+            groups[f"optimizer_{name}"] = self.held[name].whole(states, _numbers(states))
+        averages = self.student.average_tensors()
+        groups["ema"] = self.held["student"].whole(averages, _numbers(averages))
+        groups["method"] = self.method.state_dict()
         return {name: tensors for name, tensors in groups.items() if tensors}
 
     def effort(self) -> dict[str, float]:
@@ -278,7 +294,7 @@ class Trainer:
         """Position, identity and everything that is not a tensor."""
         return {
             "method": self.method.info.name,
-            "teacher": self.teacher.identity(),
+            "teacher": self.identity,
             "step": self.step,
             "seed": self.settings.seed,
             "best": self.best,
@@ -288,7 +304,7 @@ class Trainer:
             "optimizers": {name: optimizer.state_json() for name, optimizer in self.optimizers.items()},
         }
 
-    def load_state(self, tensors: dict[str, dict[str, Tensor]], values: dict[str, Any]) -> None:
+    def load_state(self, tensors: dict[str, Mapping[str, Tensor]], values: dict[str, Any]) -> None:
         """Restores a checkpoint after checking that it is of this method, teacher and seed."""
         self._check_identity(values)
         roles = self.networks.roles
@@ -296,12 +312,14 @@ class Trainer:
             roles.check_fit(name, tensors[name])
         for name, group in tensors.items():
             if name in roles:
-                roles.load_state_dict(name, group)
+                self.networks.load_state_dict(name, group)
             elif name in self.networks.modules:
                 self.networks.modules[name].load_state_dict(group)
         for name, optimizer in self.optimizers.items():
-            optimizer.load_state(tensors.get(f"optimizer_{name}", {}), values["optimizers"][name])
-        self.student.load_average(tensors.get("ema", {}), values["ema_steps"])
+            states = tensors.get(f"optimizer_{name}", {})
+            optimizer.load_state(self.held[name].parts(states, _numbers(states)), values["optimizers"][name])
+        averages = tensors.get("ema", {})
+        self.student.load_average(self.held["student"].parts(averages, _numbers(averages)), values["ema_steps"])
         self.method.load_state_dict(tensors.get("method", {}))
         self.step, self.best, self.seconds = values["step"], values["best"], values["seconds"]
         self.network_passes = values["network_passes"]
@@ -310,7 +328,7 @@ class Trainer:
         own = {
             "method": self.method.info.name,
             "seed": self.settings.seed,
-            "teacher": self.teacher.identity()["fingerprint"],
+            "teacher": self.identity["fingerprint"],
         }
         theirs = {
             "method": values["method"],
@@ -323,3 +341,8 @@ class Trainer:
                     f"the checkpoint was written with {key} {theirs[key]!r}, this run has {value!r}. "
                     f"Resume with the recipe.yaml beside the checkpoint, or start a new --output_dir."
                 )
+
+
+def _numbers(names: Iterable[str]) -> list[int]:
+    """The numbers of parameters that names of optimizer states and averages begin with."""
+    return [int(name.split(".", 1)[0]) for name in names]

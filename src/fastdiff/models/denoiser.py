@@ -102,6 +102,8 @@ class Denoiser:
         self.kind = kind
         self.compute_dtype = compute_dtype
         self.one_call = one_call
+        self.expose_features = False
+        """Features are outputs of the network as well: hooks on it must see everything that backward starts from."""
         self.cost = Cost()
 
     @property
@@ -183,11 +185,17 @@ class Denoiser:
         if self.family.embeds_guidance(network):
             inputs = {"guidance": self._told_guidance(asks, times)} | inputs
         self.cost.count(len(x), asks[0].role, self.roles, x_t)
+        tapped = _exposed(network, taps) if self.expose_features else contextlib.nullcontext()
 
         def read(output: Any) -> Tensor:
             return self.family.feature(network, output, x)
 
-        with self.roles.active.use(tuple(parts)), self._precision(network), _tapped(network, taps, read, stop):
+        with (
+            self.roles.active.use(tuple(parts)),
+            self._precision(network),
+            _tapped(network, taps, read, stop),
+            tapped,
+        ):
             return self.family.call(network, x, times.repeat(copies), cond, **inputs)
 
     def _asks_null(self, ask: Ask) -> bool:
@@ -241,3 +249,25 @@ def _tapped(network: nn.Module, taps: Taps | None, read: Callable[[Any], Tensor]
     finally:
         for handle in handles:
             handle.remove()
+
+
+@contextlib.contextmanager
+def _exposed(network: nn.Module, taps: Taps | None) -> Iterator[None]:
+    """Inside, the network returns its features after its own output, and alone when it stops at them."""
+    if taps is None:
+        yield
+        return
+    forward = network.forward
+
+    def exposing(*args: Any, **kwargs: Any) -> tuple[Any, ...]:
+        try:
+            output = forward(*args, **kwargs)
+        except _AllCollected:
+            output = ()
+        return (*output, *taps.features.values())
+
+    network.forward = exposing
+    try:
+        yield
+    finally:
+        del network.forward  # the class's own again

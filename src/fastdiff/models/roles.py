@@ -131,6 +131,17 @@ class Roles:
         known = ", ".join([*self._adapters, *self._modules])
         raise KeyError(f"unknown role {role!r}; this run has: {known}")
 
+    @contextlib.contextmanager
+    def replaced(self, networks: Mapping[nn.Module, nn.Module]) -> Iterator[None]:
+        """Inside, other networks with the same weights serve in place of these, e.g. whole ones for sharded ones."""
+        base, modules = self.base, self._modules
+        self.base = networks.get(base, base)
+        self._modules = {role: networks.get(module, module) for role, module in modules.items()}
+        try:
+            yield
+        finally:
+            self.base, self._modules = base, modules
+
     def stack(self, role: str, adapters: Mapping[str, float]) -> None:
         """Defines `role` as a weighted sum of adapters on the base, e.g. a style adapter below the student."""
         self._adapters[role] = dict(adapters)

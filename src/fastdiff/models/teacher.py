@@ -178,6 +178,20 @@ class Teacher:
             for part in () if stays else parts:
                 part.to(self._home)
 
+    @contextlib.contextmanager
+    def replaced(self, networks: Mapping[nn.Module, nn.Module]) -> Iterator[None]:
+        """Inside, the pipeline has another network with the same weights, if there is one for its own."""
+        own = self.network
+        self._serve(networks.get(own, own))
+        try:
+            yield
+        finally:
+            self._serve(own)
+
+    def _serve(self, network: nn.Module) -> None:
+        self.network = network
+        setattr(self.pipeline, self.family.network_name, network)
+
     def new_network(self) -> nn.Module:
         """A copy of the teacher's network with the same weights, for full students and critics."""
         return copy.deepcopy(self.network)

@@ -95,7 +95,7 @@ def walk(
         FakeTensorMode(allow_non_fake_inputs=True),
         _replaced_on_conversion(),
     ):
-        settings = dataclasses.replace(settings, output_dir=folder, resume_from_checkpoint=None)
+        settings = dataclasses.replace(settings, output_dir=folder, resume_from_checkpoint=None, fsdp="none")
         with MemoryTracker() as tracker:
             teacher = PlannedTeacher(blueprint, schedule, frozen_dtype)
             trainer = Trainer(method, teacher, PromptData(["a prompt"]), settings, accelerator=PlannedProcess())

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import logging
 import shutil
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +37,8 @@ def export_run(
 ) -> Student:
     """Writes the student, loads it back with stock diffusers and compares; the folder appears whole or not at all.
 
+    All processes call it: they gather what is sharded, and then wait while the main one works alone.
+
     Args:
         trainer: the run; its averaged weights are exported if it has them.
         recipe: goes into `fastdiff.json` and the card.
@@ -48,7 +51,26 @@ def export_run(
         LoadBackError: if stock diffusers does not give the trained student back; nothing is left then.
         OSError: if the folder cannot be written.
     """
-    with trainer.student.evaluated(), tempfile.TemporaryDirectory(prefix=".export-", dir=trainer.folder) as scratch:
+    with _whole_student(trainer):
+        if trainer.is_main:
+            _export(trainer, recipe, folder, prompts, pipeline)
+    trainer.accelerator.wait_for_everyone()
+    return Student(folder)
+
+
+@contextlib.contextmanager
+def _whole_student(trainer: Trainer) -> Iterator[None]:
+    """Inside, the student has its averaged weights, and the main process holds it and the teacher whole."""
+    with (
+        trainer.student.evaluated(),
+        trainer.networks.whole(trainer.is_main, "student") as copies,
+        trainer.teacher.replaced(copies),
+    ):
+        yield
+
+
+def _export(trainer: Trainer, recipe: Recipe, folder: Path, prompts: Sequence[str], pipeline: bool) -> None:
+    with tempfile.TemporaryDirectory(prefix=".export-", dir=trainer.folder) as scratch:
         options = _options(trainer, recipe, pipeline)
         if prompts:
             options = _with_samples(trainer, options, prompts, Path(scratch))
@@ -64,7 +86,6 @@ def export_run(
             options,
             _experts(trainer),
         )
-    return Student(folder)
 
 
 def prove_export(trainer: Trainer, recipe: Recipe) -> None:
@@ -72,10 +93,13 @@ def prove_export(trainer: Trainer, recipe: Recipe) -> None:
     scratch = trainer.folder / ".export-check"
     try:
         student = export_run(trainer, recipe, scratch)
+        trainer.accelerator.wait_for_everyone()  # all have looked at it
+    finally:
+        if trainer.is_main:
+            shutil.rmtree(scratch, ignore_errors=True)
+    if trainer.is_main:
         error = student.record.load_back["max_error"]
         logger.info("the untrained student exports and loads back in stock diffusers (error %.1e)", error)
-    finally:
-        shutil.rmtree(scratch, ignore_errors=True)
 
 
 def trained_student(trainer: Trainer) -> export.Student:

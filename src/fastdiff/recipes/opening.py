@@ -62,6 +62,7 @@ def open_data(
     method: Method,
     teacher: TeacherLike,
     settings: Settings,
+    verify: bool = True,
 ) -> TrainingData:
     """Training data for a method.
 
@@ -70,6 +71,7 @@ def open_data(
         options, settings: columns, crops, size and seed.
         method: says what the data must hold.
         teacher: a cache must be its own.
+        verify: compare every file of a cache with its hash, which one process a node need do.
 
     Raises:
         RecipeError: if nothing was given.
@@ -82,7 +84,7 @@ def open_data(
             "folder, .tar shards, a parquet file, a datasets folder or a cache"
         )
     if isinstance(source, str | Path):
-        data = _open_path(source, options, method, teacher, settings)
+        data = _open_path(source, options, method, teacher, settings, verify)
     else:
         data = PromptData(list(source)) if isinstance(source, list | tuple) else source
     if options.max_train_samples is not None:
@@ -93,7 +95,7 @@ def open_data(
 
 
 def _open_path(
-    path: str | Path, options: DataOptions, method: Method, teacher: TeacherLike, settings: Settings
+    path: str | Path, options: DataOptions, method: Method, teacher: TeacherLike, settings: Settings, verify: bool
 ) -> TrainingData:
     resolution = settings.resolution or teacher.default_resolution
     return open_training_data(
@@ -107,6 +109,7 @@ def _open_path(
         max_rejected=options.max_rejected,
         seed=settings.seed,
         teacher=teacher.identity()["fingerprint"],
+        verify=verify,
     )
 
 

@@ -113,6 +113,8 @@ REFUSED = {
     "output_kohya_format": "a LoRA is always written in both forms, diffusers' and kohya's; leave it out",
     "upcast_before_saving": "trained weights are float32 and are saved as they are; leave it out",
     "logging_dir": "logs lie in the run folder, under logs; give --output_dir",
+    "use_fsdp": "sharding is a setting of the run, not of the launcher: give --fsdp full_shard or hybrid_shard",
+    "fsdp_sharding_strategy": "give --fsdp full_shard or hybrid_shard",
     "local_rank": "the launcher sets LOCAL_RANK in the environment; use accelerate launch or torchrun",
     "num_validation_images": "previews show one image a prompt; repeat a prompt in --validation_prompts to see more",
     "validation_epochs": "previews are counted in steps; use --validation_steps",

@@ -87,7 +87,8 @@ def run_recipe(recipe: Recipe, teacher: Any = None, data: Any = None) -> Student
         teacher = open_teacher(options, accelerator.device, settings.mixed_precision)
     elif not isinstance(teacher, Teacher):
         teacher = prepare(Teacher(teacher.to(accelerator.device)), options, settings.mixed_precision)
-    opened = open_data(data, recipe.build(DataOptions), method, teacher, settings)
+    first_here = accelerator.is_local_main_process
+    opened = open_data(data, recipe.build(DataOptions), method, teacher, settings, verify=first_here)
     prompts = list(settings.validation_prompts) or some_prompts(opened)
     with _no_empty_folder(folder):
         trainer = Trainer(
@@ -97,7 +98,7 @@ def run_recipe(recipe: Recipe, teacher: Any = None, data: Any = None) -> Student
             settings,
             accelerator=accelerator,
             on_preview=Previews(prompts),
-            on_start=lambda trainer, _: trainer.is_main and prove_export(trainer, recipe),
+            on_start=lambda trainer, _: prove_export(trainer, recipe),
             validate=validation(opened, settings.validation_samples),
         )
         start_from(trainer, options.init_from)
@@ -122,11 +123,11 @@ def some_prompts(data: TrainingData, count: int = PREVIEW_PROMPTS) -> list[str]:
 
 def _finish(trainer: Trainer, recipe: Recipe, prompts: Sequence[str]) -> Student:
     folder = trainer.folder / "student"
+    student = export_run(trainer, recipe, folder, prompts=prompts)
     if trainer.is_main:
-        export_run(trainer, recipe, folder, prompts=prompts)
         upload(folder, recipe)
     trainer.accelerator.wait_for_everyone()
-    return Student(folder)
+    return student
 
 
 def upload(folder: Path, recipe: Recipe) -> None:

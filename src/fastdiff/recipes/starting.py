@@ -114,7 +114,8 @@ def _take(trainer: Trainer, found: Mapping[str, Callable[[], Mapping[str, Tensor
         elif name in trainer.method.frozen() and "ema" in found and source == "student":
             averaged = found["ema"]()  # what the earlier run exported
             names = [parameter for parameter, _ in roles.named_parameters(name)]
-            roles.load_state_dict(name, {own: averaged[str(index)] for index, own in enumerate(names)})
+            weights = {own: averaged[str(index)] for index, own in enumerate(names)}
+            trainer.networks.load_state_dict(name, weights)
         elif name in roles:
             _give(trainer, name, found[source](), source)
 
@@ -129,4 +130,4 @@ def _give(trainer: Trainer, role: str, weights: Mapping[str, Tensor], source: st
         if adapter:
             old, new = f".{source}.weight", f".{role}.weight"
             weights = {name.removesuffix(old) + new: tensor for name, tensor in weights.items()}
-    roles.load_state_dict(role, weights)
+    trainer.networks.load_state_dict(role, weights)

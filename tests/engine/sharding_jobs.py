@@ -1,0 +1,112 @@
+"""Runs that several processes make together; a test makes the same ones alone and compares."""
+
+from __future__ import annotations
+
+import copy
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from engine_helpers import PROMPTS, Latents
+from safetensors.torch import save_file
+
+from fastdiff.engine import Settings, Trainer
+from fastdiff.engine.sharding import local
+from fastdiff.methods import DMD2, LCM, DMD2Config, LCMConfig
+from fastdiff.models.teacher import Teacher
+
+GLOBAL_BATCH = 4
+STEPS = 2
+_RECOMPUTED = {"gradient_checkpointing": True, "gradient_accumulation_steps": 2}
+CASES = {
+    "full": ("dmd2", {"student": "full", "fake_score": "full", "ema_decay": 0.5}),
+    "full_recomputed": ("dmd2", {"student": "full", "fake_score": "full"} | _RECOMPUTED),
+    "lora": ("dmd2", {"student": "lora", "fake_score": "lora", "ema_decay": 0.5}),
+    "lora_recomputed": ("dmd2", {"student": "lora", "fake_score": "lora"} | _RECOMPUTED),
+    "bf16": ("dmd2", {"student": "full", "fake_score": "full", "mixed_precision": "bf16"}),
+    "lcm": ("lcm", {"student": "full", "ema_decay": 0.5}),
+}
+"""Both methods go through a network without training it: DMD2's student through the critic, LCM's target."""
+
+
+def trainer(pipeline: Any, case: str, folder: Path, world: int, **settings) -> Trainer:
+    """A tiny run whose batch is the same on any number of processes."""
+    name, own = CASES[case]
+    if name == "dmd2":
+        method = DMD2(DMD2Config(student_update_every=1, timesteps=(999, 499), gan_weight=1e-3))
+    else:
+        method = LCM(LCMConfig())
+    batch = GLOBAL_BATCH // world // own.get("gradient_accumulation_steps", 1)
+    # Parameters without a true gradient get rounding noise for one, which a large epsilon keeps Adam from amplifying.
+    defaults = {"lora_rank": 4, "learning_rate": 1e-3, "adam_epsilon": 1e-3, "max_grad_norm": 1.0, "log_every": 1}
+    defaults |= {"report_to": "none", "checkpointing_steps": 1, "validation_steps": 1000, "max_train_steps": STEPS}
+    defaults |= {"output_dir": str(folder), "train_batch_size": batch, "fsdp": "full_shard"} | own | settings
+    return Trainer(method, Teacher(copy.deepcopy(pipeline), "tiny"), Latents(PROMPTS), Settings(**defaults))
+
+
+def descend(pipeline: Any, case: str, folder: Path, world: int, **settings) -> None:
+    """Plain gradient descent, which shows gradients as they are; leaves all weights and metrics in the folder."""
+    run = trainer(pipeline, case, folder, world, **settings)
+    rate = 10.0 if run.settings.student == "lora" else 0.1  # new adapters are products with zero: small gradients
+    for optimizer in run.optimizers.values():
+        optimizer.optimizer = torch.optim.SGD(optimizer.parameters, lr=rate, fused=True)
+    metrics = []
+    for batches in run.batches.steps(0):
+        run.train_step(batches)
+        metrics.append(run.metrics.read())
+    _write_weights(run, folder)
+    if run.is_main:
+        held = sum(p.numel() for p in run.networks.parameters("student"))
+        base = sum(local(p).numel() for p in run.networks.roles.base.parameters())
+        report = {"world": run.accelerator.num_processes, "metrics": metrics, "student": held, "base": base}
+        (folder / "report.json").write_text(json.dumps(report))
+
+
+def train(pipeline: Any, case: str, folder: Path, world: int, **settings) -> None:
+    """The whole loop with Adam and checkpoints; leaves all weights, averages and moments in the folder."""
+    run = trainer(pipeline, case, folder, world, **settings)
+    assert run.train() == "done"
+    _write_weights(run, folder)
+
+
+def distill(teacher: Path, folder: Path, **settings) -> None:
+    """From a recipe to an exported student, with previews and validation on the way."""
+    import fastdiff
+
+    defaults = {"max_train_steps": 2, "validation_steps": 2, "validation_samples": 4, "report_to": "none"}
+    defaults |= {"train_batch_size": 2, "fsdp": "full_shard", "resolution": 32, "ema_decay": 0.5, "log_every": 1}
+    fastdiff.distill(teacher, "dmd2", list(PROMPTS), output_dir=str(folder), **(defaults | settings))
+
+
+def _write_weights(run: Trainer, folder: Path) -> None:
+    found = {f"{group}/{name}": t for group, tensors in run.tensor_groups().items() for name, t in tensors.items()}
+    if run.is_main:
+        save_file(
+            {name: tensor.detach().contiguous() for name, tensor in found.items()}, folder / "weights.safetensors"
+        )
+    run.accelerator.wait_for_everyone()
+
+
+def launch(job: Callable, processes: int, *arguments: Any, node: int | None = None, **settings: Any) -> None:
+    """Runs a job in real processes that gloo connects.
+
+    They are forked, which saves each of them the imports; launchers are tested in test_failures.py.
+
+    Args:
+        node: how many of them make a node, where one machine stands for several.
+    """
+    from accelerate import debug_launcher
+
+    debug_launcher(_work, (job, arguments, settings, node or processes), processes)
+
+
+def _work(job: Callable, arguments: tuple, settings: dict, node: int) -> None:
+    from accelerate.state import AcceleratorState
+
+    AcceleratorState._reset_state(reset_partial_state=True)  # the parent is one process
+    os.environ["LOCAL_WORLD_SIZE"] = str(node)
+    torch.set_num_threads(1)
+    job(*arguments, **settings)
