@@ -73,6 +73,7 @@ class Teacher:
         self.prediction_type = prediction_type_of(pipeline.scheduler.config)
         self.codec = Codec(pipeline.vae)
         self._home: torch.device | None = None
+        self._fingerprint: str | None = None
 
     @classmethod
     def from_pretrained(
@@ -177,8 +178,12 @@ class Teacher:
         return copy.deepcopy(self.network)
 
     def identity(self) -> dict[str, str | None]:
-        """What a checkpoint or cache stores to recognise this teacher again: source, revision, weights' fingerprint."""
-        return {"source": self.source, "revision": self.revision, "fingerprint": fingerprint(self.network)}
+        """What a checkpoint or cache stores to recognise this teacher again: source, revision, weights' fingerprint.
+
+        The fingerprint is taken when it is first asked for: a run may store the weights in fewer bits later.
+        """
+        self._fingerprint = self._fingerprint or fingerprint(self.network)
+        return {"source": self.source, "revision": self.revision, "fingerprint": self._fingerprint}
 
 
 def fingerprint(network: nn.Module) -> str:

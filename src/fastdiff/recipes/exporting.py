@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import logging
 import shutil
@@ -20,6 +21,7 @@ from fastdiff.engine.previews import sample_role, write_grid
 from fastdiff.models.conditioning import Conditioning
 from fastdiff.models.denoiser import Denoiser
 from fastdiff.models.embeddings import with_fixed_input
+from fastdiff.models.quantizing import exact_weights
 from fastdiff.models.teacher import Teacher
 from fastdiff.recipes.options import HubOptions
 from fastdiff.recipes.recipe import Recipe
@@ -48,7 +50,11 @@ def export_run(
         LoadBackError: if stock diffusers does not give the trained student back; nothing is left then.
         OSError: if the folder cannot be written.
     """
-    with trainer.student.evaluated(), tempfile.TemporaryDirectory(prefix=".export-", dir=trainer.folder) as scratch:
+    with (
+        trainer.student.evaluated(),
+        _exact_base(trainer),
+        tempfile.TemporaryDirectory(prefix=".export-", dir=trainer.folder) as scratch,
+    ):
         options = _options(trainer, recipe, pipeline)
         if prompts:
             options = _with_samples(trainer, options, prompts, Path(scratch))
@@ -106,6 +112,20 @@ def fresh_pipeline(teacher: Teacher, student: export.Student, scratch: Path) -> 
     base = export.Student(teacher.pipeline, teacher.network, student.sampler, component=student.component)
     folder = export.save_pipeline(base, scratch / "teacher", guidance_free=False)
     return DiffusionPipeline.from_pretrained(folder, local_files_only=True)
+
+
+def _exact_base(trainer: Trainer) -> contextlib.AbstractContextManager:
+    """Inside, a quantised base has its original weights again, which users of the student will have."""
+    if trainer.settings.quantize_base == "none":
+        return contextlib.nullcontext()
+    teacher = trainer.teacher
+    if not teacher.source:
+        raise ValueError(
+            "quantize_base needs a teacher that can be loaded again for the export: give its folder or Hub id, not a "
+            "pipeline object"
+        )
+    exact = Teacher.from_pretrained(teacher.source, revision=teacher.revision).network
+    return exact_weights(trainer.networks.roles.base, exact)
 
 
 def _record(trainer: Trainer, recipe: Recipe, student: export.Student) -> export.StudentRecord:
