@@ -18,15 +18,15 @@ ONE_BLOCK = {
     "block_out_channels": (16,),
     "down_block_types": ("CrossAttnDownBlock2D",),
     "up_block_types": ("UpBlock2D",),
-    "mid_block_type": None,
 }
 
 
-@pytest.fixture(scope="module")
-def small():
-    from conftest import build_tiny_sd
-
-    return build_tiny_sd(**ONE_BLOCK)
+@pytest.fixture
+def small(tiny_sd):
+    torch.manual_seed(0)
+    unet = type(tiny_sd.unet).from_config({**tiny_sd.unet.config, **ONE_BLOCK})
+    tiny_sd.register_modules(unet=unet.eval())
+    return tiny_sd
 
 
 @pytest.fixture
@@ -48,7 +48,7 @@ def trainer(pipeline, folder, **settings):
         "gradient_checkpointing": True,
     }
     return Trainer(
-        DMD2(DMD2Config(student_update_every=2, timesteps=(999, 499))),
+        DMD2(DMD2Config(student_update_every=2, timesteps=(999, 499), gan_weight=1e-3)),
         Teacher(copy.deepcopy(pipeline), "tiny"),
         Latents(PROMPTS),
         Settings(**(values | settings)),
