@@ -34,6 +34,7 @@ class Student:
         adapters: role {adapter: scale}; empty when `network` itself is the student.
         component: the pipeline's name of the network, "unet" or "transformer".
         prediction_type: what the student predicts; None means what the teacher's scheduler says.
+        autoencoder: takes the place of the pipeline's own in a whole pipeline, such as a small and fast decoder.
     """
 
     pipeline: DiffusionPipeline
@@ -42,6 +43,7 @@ class Student:
     adapters: Mapping[str, float] = field(default_factory=dict)
     component: str = "unet"
     prediction_type: str | None = None
+    autoencoder: nn.Module | None = None
 
     def scheduler(self) -> SchedulerMixin:
         """The stock scheduler with the trained times in its config."""
@@ -90,7 +92,10 @@ def write_pipeline(
     if guidance_free is None:
         guidance_free = student.ignores_guidance()
     network = _bare_network(student, dtype, guidance_free)
-    pipeline = _with_components(student.pipeline, {student.component: network, "scheduler": scheduler})
+    changed = {student.component: network, "scheduler": scheduler}
+    if student.autoencoder is not None:
+        changed["vae"] = student.autoencoder
+    pipeline = _with_components(student.pipeline, changed)
     pipeline.save_pretrained(folder, safe_serialization=True)
     for path in folder.rglob("*.json"):
         _forget_origin(path)

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from fastdiff import export
 from fastdiff.diffusion.prediction import Prediction
@@ -34,7 +34,12 @@ PROBE_PROMPTS = ("a photo", "a drawing of a house")
 
 
 def export_run(
-    trainer: Trainer, recipe: Recipe, folder: Path, prompts: Sequence[str] = (), pipeline: bool = True
+    trainer: Trainer,
+    recipe: Recipe,
+    folder: Path,
+    prompts: Sequence[str] = (),
+    pipeline: bool = True,
+    autoencoder: nn.Module | None = None,
 ) -> Student:
     """Writes the student, loads it back with stock diffusers and compares; the folder appears whole or not at all.
 
@@ -44,6 +49,7 @@ def export_run(
         folder: the student folder; an earlier student there is replaced.
         prompts: of the card's sample grid.
         pipeline: False writes a LoRA student's LoRA files only.
+        autoencoder: of the whole pipeline, if not the teacher's.
 
     Raises:
         ValueError: if a LoRA is asked of a full student, or one folder of several full students.
@@ -58,7 +64,7 @@ def export_run(
         options = _options(trainer, recipe, pipeline)
         if prompts:
             options = _with_samples(trainer, options, prompts, Path(scratch))
-        student = trained_student(trainer)
+        student = dataclasses.replace(trained_student(trainer), autoencoder=autoencoder)
         export.export_student(
             folder,
             student,
