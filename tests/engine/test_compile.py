@@ -97,6 +97,8 @@ def test_blocks_are_eager_outside_steps_and_in_copies(small, traced_only):
         twin = copy.deepcopy(unet)
         with compilation.at_work():
             assert torch.equal(twin(*inputs).sample, expected) and programs() == 0
+            next(twin.down_blocks[0].resnets[0].parameters()).zero_()
+            assert not torch.equal(twin(*inputs).sample, expected)  # it has weights of its own
             torch.testing.assert_close(unet(*inputs).sample, expected, rtol=1e-4, atol=1e-4)
         assert programs() > 0
 

@@ -35,6 +35,7 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--batch", type=int, help="samples [step 2, inference 1]")
     parser.add_argument("--pairs", type=int, default=20, help="interleaved pairs behind the median [20]")
     parser.add_argument("--gradient_checkpointing", action="store_true", help="step: recompute activations")
+    parser.add_argument("--torch_compile", action="store_true", help="step: compiled, beside passes that are not")
     parser.add_argument("--output", type=Path, help="JSON file; results are added by name")
     flags = parser.parse_all(arguments)
     if flags.what not in KINDS:
@@ -68,7 +69,8 @@ def _step(flags: Any) -> int:
 
     if flags.size not in SIZES:
         raise RecipeError(f"--size must be one of {', '.join(SIZES)}, got {flags.size!r}")
-    settings = {"gradient_checkpointing": True} if flags.gradient_checkpointing else {}
+    names = {"gradient_checkpointing": "checkpointed", "torch_compile": "compiled"}
+    settings = {name: True for name in names if getattr(flags, name)}
     print(f"{'method':20}{'weights':>12}{'step s':>10}{'bare s':>10}{'ratio':>8}  calls")
     for name in flags.method:
         row = measure(name, flags.size, batch=flags.batch, pairs=flags.pairs, settings=settings)
@@ -79,6 +81,5 @@ def _step(flags: Any) -> int:
         )
         times = f"{row['step_seconds']:10.3f}{row['bare_seconds']:10.3f}{row['ratio']:8.3f}"
         print(f"{name:20}{row['weights']:12,}{times}  {calls}", flush=True)
-        suffix = "-checkpointed" if flags.gradient_checkpointing else ""
-        keep(flags.output, f"{name}-{flags.size}{suffix}", row)
+        keep(flags.output, "-".join([name, flags.size, *(names[one] for one in settings)]), row)
     return 0
