@@ -135,6 +135,27 @@ def test_a_low_precision_critic_reads_nothing(tiny_sd, tmp_path):
     check(trainer(tiny_sd, tmp_path, "dmd2", **low))
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("name", ["dmd2", "lcm"])
+@pytest.mark.parametrize(
+    "settings",
+    [{}, {"gradient_checkpointing": True, "activation_offload": True}],
+    ids=["plain", "offloaded"],
+)
+def test_cuda_itself_sees_no_synchronisation(tiny_sd, tmp_path, name, settings):
+    """The driver's own watch also sees what no Python mode can: copies and allocations that wait inside kernels."""
+    run = trainer(tiny_sd.to("cuda"), tmp_path, name, **settings)
+    work = next(iter(run.batches.steps(0)))
+    run.train_step(work)  # libraries are opened and optimizer states made
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        for _ in range(2):
+            run.train_step(work)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert run.metrics.read()
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("name", [method.info.name for method in METHODS if method.info.name not in ("dmd2", "lcm")])
 def test_no_method_reads_anything(tiny_sd, tmp_path, name):

@@ -7,6 +7,7 @@ import torch
 
 from fastdiff.cli import main
 from fastdiff.planning.bare import Bare, record
+from fastdiff.planning.measure_inference import record as inference_record
 from fastdiff.planning.measure_memory import CASES, SUITE
 from fastdiff.planning.measure_step import _trainer, measure
 from fastdiff.planning.walk import batch_of
@@ -67,3 +68,32 @@ def test_unknown_names_are_refused(capsys):
     assert main(["bench", "memory", "--case", "huge"]) == 2
     assert "unknown case 'huge'" in capsys.readouterr().err
     assert main(["bench", "speed"]) == 2
+
+
+def test_a_picture_is_timed_beside_its_parts(tiny_sd_folder, tmp_path, capsys):
+    output = tmp_path / "inference.json"
+    arguments = ["--teacher", str(tiny_sd_folder), "--pairs", "2", "--output", str(output)]
+    assert main(["bench", "inference", "teacher", *arguments]) == 0
+    row = json.loads(output.read_text())["teacher"]
+    assert row["calls"] == {"text encoder": 2, "network": 50, "decoder": 1}  # the pipeline's own default, guided
+    parts = row["split_seconds"]
+    assert set(parts) == {"text encoder", "network", "decoder"} and min(parts.values()) > 0
+    assert row["ratio"] == pytest.approx(row["seconds"] / row["bare_seconds"], rel=0.5) and row["ratio"] > 0.8
+    assert "teacher" in capsys.readouterr().out
+
+
+def test_recorded_parts_give_what_the_pipeline_gave(tiny_sdxl):
+    seen = []
+
+    def whole():
+        generator = torch.Generator().manual_seed(0)
+        seen.append(
+            tiny_sdxl("a dog", num_inference_steps=2, guidance_scale=1.0, generator=generator, output_type="pt")
+        )
+
+    with torch.no_grad():
+        calls = inference_record(tiny_sdxl, whole)
+        (decode,) = calls["decoder"]
+        assert [len(calls[name]) for name in ("text encoder", "network")] == [2, 2]
+        torch.testing.assert_close((decode()[0] / 2 + 0.5).clamp(0, 1), seen[0].images)
+    assert "forward" not in vars(tiny_sdxl.unet) and "decode" not in vars(tiny_sdxl.vae)  # nothing is left behind

@@ -1,37 +1,50 @@
-"""`fastdiff bench`: measured memory beside its prediction, and what a step costs beyond its network passes."""
+"""`fastdiff bench`: memory beside its prediction, and what steps and pictures cost beyond their network passes."""
 
 from __future__ import annotations
 
-import json
-import os
 from pathlib import Path
 from typing import Any
 
+from fastdiff.cli.bench_inference import inference
+from fastdiff.cli.bench_results import keep
 from fastdiff.cli.parsing import Parser, show_progress_only
 from fastdiff.recipes.errors import RecipeError
 
-HELP = "measure memory and time of training steps on random weights"
+HELP = "measure memory and time of training steps on random weights, and the latency of pipelines"
 USAGE = """fastdiff bench memory [--case NAME ...] [--output FILE]
-       fastdiff bench step [--method NAME ...] [--size middle|tiny] [--batch N] [--pairs N] [--output FILE]"""
-KINDS = ("memory", "step")
+       fastdiff bench step [--method NAME ...] [--size middle|tiny] [--batch N] [--pairs N] [--output FILE]
+       fastdiff bench inference [teacher|STUDENT ...] [--teacher NAME] [--batch N] [--pairs N] [--output FILE]"""
+KINDS = {"memory": lambda flags: _memory(flags), "step": lambda flags: _step(flags), "inference": inference}
 
 
 def main(arguments: list[str]) -> int:
     """Runs the verb."""
-    parser = Parser("bench", "Measures on random weights: nothing is downloaded.", usage=USAGE)
-    parser.add_argument("what", metavar="|".join(KINDS), help="peak memory, or time against bare network passes")
+    parser = Parser(
+        "bench", "Measures training steps on random weights, and the latency of whole pipelines.", usage=USAGE
+    )
+    parser.add_argument(
+        "what",
+        metavar="|".join(KINDS),
+        help="peak memory; time of a step, or of a picture, against bare network passes",
+    )
+    parser.add_argument("models", nargs="*", help="inference: student folders, or `teacher` [teacher]")
+    parser.add_argument("--teacher", default="embedded", help="inference: what `teacher` stands for [embedded]")
     parser.add_argument("--case", nargs="+", help="memory: which cases; those of 8 GiB if not given")
     parser.add_argument("--method", nargs="+", default=["dmd2", "lcm"], help="step: which methods [dmd2 lcm]")
     parser.add_argument("--size", default="middle", help="step: middle (about 50 M weights) or tiny [middle]")
-    parser.add_argument("--batch", type=int, default=2, help="step: samples [2]")
-    parser.add_argument("--pairs", type=int, default=20, help="step: interleaved pairs behind the median [20]")
+    parser.add_argument("--batch", type=int, help="samples [step 2, inference 1]")
+    parser.add_argument("--pairs", type=int, default=20, help="interleaved pairs behind the median [20]")
     parser.add_argument("--gradient_checkpointing", action="store_true", help="step: recompute activations")
+    parser.add_argument("--torch_compile", action="store_true", help="step: compiled, beside passes that are not")
     parser.add_argument("--output", type=Path, help="JSON file; results are added by name")
     flags = parser.parse_all(arguments)
     if flags.what not in KINDS:
-        raise RecipeError(f"bench measures {' or '.join(KINDS)}, got {flags.what!r}")
+        raise RecipeError(f"bench measures {', '.join(KINDS)}, got {flags.what!r}")
+    if flags.models and flags.what != "inference":
+        raise RecipeError(f"unknown argument {flags.models[0]!r}: only bench inference takes models")
+    flags.batch = flags.batch or (2 if flags.what == "step" else 1)
     show_progress_only()
-    return _memory(flags) if flags.what == "memory" else _step(flags)
+    return KINDS[flags.what](flags)
 
 
 def _memory(flags: Any) -> int:
@@ -47,7 +60,7 @@ def _memory(flags: Any) -> int:
         sizes = "".join(f"{row[key] / 2**30:8.2f} GiB" for key in ("peak", "predicted"))
         ratio = row["predicted"] / row["peak"]
         print(f"{name:28}{row['network_weights']:12,}{sizes}{ratio:8.2f}{row['seconds_a_step']:9.1f}", flush=True)
-        _keep(flags.output, name, row)
+        keep(flags.output, name, row)
     return 0
 
 
@@ -56,7 +69,8 @@ def _step(flags: Any) -> int:
 
     if flags.size not in SIZES:
         raise RecipeError(f"--size must be one of {', '.join(SIZES)}, got {flags.size!r}")
-    settings = {"gradient_checkpointing": True} if flags.gradient_checkpointing else {}
+    names = {"gradient_checkpointing": "checkpointed", "torch_compile": "compiled"}
+    settings = {name: True for name in names if getattr(flags, name)}
     print(f"{'method':20}{'weights':>12}{'step s':>10}{'bare s':>10}{'ratio':>8}  calls")
     for name in flags.method:
         row = measure(name, flags.size, batch=flags.batch, pairs=flags.pairs, settings=settings)
@@ -67,17 +81,5 @@ def _step(flags: Any) -> int:
         )
         times = f"{row['step_seconds']:10.3f}{row['bare_seconds']:10.3f}{row['ratio']:8.3f}"
         print(f"{name:20}{row['weights']:12,}{times}  {calls}", flush=True)
-        suffix = "-checkpointed" if flags.gradient_checkpointing else ""
-        _keep(flags.output, f"{name}-{flags.size}{suffix}", row)
+        keep(flags.output, "-".join([name, flags.size, *(names[one] for one in settings)]), row)
     return 0
-
-
-def _keep(path: Path | None, name: str, row: dict[str, Any]) -> None:
-    """Adds a result to a file, written aside and renamed."""
-    if path is None:
-        return
-    known = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-    path.parent.mkdir(parents=True, exist_ok=True)
-    aside = path.with_name(f".{path.name}.partial")
-    aside.write_text(json.dumps(known | {name: row}, indent=1, sort_keys=True) + "\n", encoding="utf-8")
-    os.replace(aside, path)

@@ -19,6 +19,9 @@ def main(arguments: list[str]) -> int:
         choices=["lora", "pipeline"],
         help="lora: LoRA files only; pipeline: whole pipeline, with the LoRA files of a LoRA student [pipeline]",
     )
+    parser.add_argument(
+        "--tiny_decoder", type=Path, help="folder of an AutoencoderTiny that replaces the pipeline's autoencoder"
+    )
     flags = parser.parse_all(arguments)
     from fastdiff.recipes.recipe import run_folder_of
 
@@ -26,6 +29,6 @@ def main(arguments: list[str]) -> int:
     show_progress_only()
     from fastdiff.recipes.reexport import export_checkpoint
 
-    student = export_checkpoint(flags.source, flags.output, pipeline=flags.format != "lora")
+    student = export_checkpoint(flags.source, flags.output, flags.format != "lora", flags.tiny_decoder)
     print(f"student: {student.folder} (loads back with error {student.record.load_back['max_error']:.1e})")
     return 0

@@ -37,7 +37,8 @@ def state_memory(networks: Networks, optimizers: Mapping[str, GroupOptimizer]) -
     """Counts the tensors of a run."""
     trained = [parameter for optimizer in optimizers.values() for parameter in optimizer.parameters]
     known = {id(parameter) for parameter in trained}
-    frozen = [local(parameter) for parameter in networks.roles.base.parameters() if id(parameter) not in known]
+    base = networks.roles.base
+    frozen = [local(tensor) for tensor in (*base.parameters(), *base.buffers()) if id(tensor) not in known]
     gradients = sum(_bytes(optimizer.parameters) for optimizer in optimizers.values() if not optimizer.in_backward)
     states = sum(optimizer.state_bytes for optimizer in optimizers.values())
     return StateMemory(_bytes(frozen), _bytes(trained), gradients, states)

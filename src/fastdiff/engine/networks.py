@@ -118,7 +118,18 @@ def build_networks(method: Method, teacher: TeacherLike, settings: Settings, sco
         logger.info("fsdp %s: one process has nothing to share its networks with", settings.fsdp)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(settings.seed)
-        roles = Roles(teacher.network, _specs(method, teacher, settings), settings.gradient_checkpointing)
+        specs = _specs(method, teacher, settings)
+        if settings.quantize_base != "none":
+            _refuse_full_roles(specs, settings)
+            teacher.identity()  # it is remembered, and must be that of the weights before they are rounded
+        roles = Roles(
+            teacher.network,
+            specs,
+            settings.gradient_checkpointing,
+            settings.activation_offload,
+            settings.quantize_base,
+            settings.torch_compile,
+        )
         denoiser = Denoiser(
             roles,
             teacher.family,
@@ -181,6 +192,15 @@ def _specs(method: Method, teacher: TeacherLike, settings: Settings) -> dict[str
     for role, like in method.frozen().items():
         specs[role] = copy.deepcopy(specs[like])
     return specs
+
+
+def _refuse_full_roles(specs: dict[str, AdapterSpec | FullSpec], settings: Settings) -> None:
+    full = [role for role, spec in specs.items() if isinstance(spec, FullSpec)]
+    if full:
+        raise ValueError(
+            f"quantize_base {settings.quantize_base} rounds the base, and {', '.join(full)} would be trained in full "
+            "from weights that are not: train adapters (student and fake_score: lora), or leave it out"
+        )
 
 
 def _student_spec(method: Method, teacher: TeacherLike, settings: Settings) -> AdapterSpec | FullSpec:

@@ -66,6 +66,14 @@ class Settings:
 
     mixed_precision: Literal["no", "bf16"] = setting("no", "compute type; trained weights stay float32")
     gradient_checkpointing: bool = setting(False, "recompute activations in backward: slower, much less memory")
+    activation_offload: bool = setting(
+        False, "what gradient_checkpointing keeps for its recomputation waits in the host's memory"
+    )
+    quantize_base: Literal["none", "int8", "nf4"] = setting(
+        "none",
+        "storage of the frozen transformer blocks under adapters (needs bitsandbytes); exports use exact weights",
+    )
+    torch_compile: bool = setting(False, "compile the blocks that networks repeat: minutes once, then faster steps")
     split_roles: bool = setting(False, "evaluate teacher and critics one after the other: less memory, more calls")
     fsdp: Sharding = setting(
         "none",
@@ -98,6 +106,10 @@ class Settings:
             raise ValueError(
                 "fake_score_dtype and fake_score_in_backward are for full critics: adapters are small and stay "
                 "float32. Give fake_score full, or leave them out"
+            )
+        if self.activation_offload and not self.gradient_checkpointing:
+            raise ValueError(
+                "activation_offload moves what checkpointed blocks keep: give gradient_checkpointing as well"
             )
         if self.fake_score_dtype == "bf16" and self.mixed_precision != "bf16":
             raise ValueError("fake_score_dtype bf16 computes in bf16 as well: give mixed_precision bf16")

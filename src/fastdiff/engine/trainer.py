@@ -148,7 +148,11 @@ class Trainer:
         return "done"
 
     def train_step(self, batches: list[Batch]) -> None:
-        """All updates of one step over its micro-batches."""
+        """All updates of one step over its micro-batches, compiled if the settings say so."""
+        with self.networks.roles.compilation.at_work():
+            self._train_step(batches)
+
+    def _train_step(self, batches: list[Batch]) -> None:
         cost = self.networks.denoiser.cost
         before = cost.passes  # previews and validation use the same networks and do not count
         stores: list[dict[str, Any]] = [{} for _ in batches]

@@ -39,6 +39,7 @@ class Student:
         prediction_type: what the student predicts; None means what the teacher's scheduler says.
         schedule: what it was trained with, where the teacher's depends on the resolution; None means what the teacher's
             scheduler says.
+        autoencoder: takes the place of the pipeline's own in a whole pipeline, such as a small and fast decoder.
     """
 
     pipeline: DiffusionPipeline
@@ -48,6 +49,7 @@ class Student:
     component: str = "unet"
     prediction_type: str | None = None
     schedule: NoiseSchedule | None = None
+    autoencoder: nn.Module | None = None
 
     @property
     def family(self) -> Family:
@@ -100,7 +102,10 @@ def write_pipeline(
     if guidance_free is None:
         guidance_free = student.ignores_guidance()
     network = _bare_network(student, dtype, guidance_free)
-    pipeline = _with_components(student.pipeline, {student.component: network, "scheduler": scheduler})
+    changed = {student.component: network, "scheduler": scheduler}
+    if student.autoencoder is not None:
+        changed["vae"] = student.autoencoder
+    pipeline = _with_components(student.pipeline, changed)
     pipeline.save_pretrained(folder, safe_serialization=True)
     for path in folder.rglob("*.json"):
         _forget_origin(path)

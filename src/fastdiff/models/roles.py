@@ -19,7 +19,11 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.graph import save_on_cpu
 from torch.utils.checkpoint import checkpoint
+
+from fastdiff.models.compiling import Compilation
+from fastdiff.models.quantizing import Quantization, quantize_blocks
 
 TEACHER = "teacher"
 
@@ -83,19 +87,30 @@ class Roles:
         base: the frozen teacher network; adapters are injected into it.
         specs: role -> `AdapterSpec` or `FullSpec` for every trainable role.
         gradient_checkpointing: recompute activations in backward, each under the role of its own forward.
+        activation_offload: what checkpointed blocks keep for that waits in the host's memory.
+        quantize_base: storage of the base's largest layers, see `models.quantizing`.
+        torch_compile: compile the blocks that networks repeat; they run compiled inside `compilation.at_work()`.
 
     Raises:
-        ValueError: if a role is called `teacher` or an adapter matches no module of the base.
+        ValueError: if a role is called `teacher`, an adapter matches no module of the base, or there is nothing to
+            compile.
     """
 
     def __init__(
-        self, base: nn.Module, specs: Mapping[str, AdapterSpec | FullSpec], gradient_checkpointing: bool = False
+        self,
+        base: nn.Module,
+        specs: Mapping[str, AdapterSpec | FullSpec],
+        gradient_checkpointing: bool = False,
+        activation_offload: bool = False,
+        quantize_base: Quantization = "none",
+        torch_compile: bool = False,
     ) -> None:
         if TEACHER in specs:
             raise ValueError("the role 'teacher' is the frozen base itself and cannot be trained")
         self.base = base.requires_grad_(False).eval()
         self.active = ActiveParts()
-        self.checkpointing = gradient_checkpointing
+        self.checkpointing, self.offloading = gradient_checkpointing, activation_offload
+        self.compilation = Compilation()
         self._adapters: dict[str, Mapping[str, float]] = {TEACHER: {}}
         self._modules: dict[str, nn.Module] = {}
         for role, spec in specs.items():
@@ -108,9 +123,13 @@ class Roles:
                 inject_adapter(base, role, spec)
                 self._adapters[role] = {role: 1.0}
         bind_adapter_layers(base, self.active)
-        if gradient_checkpointing:
-            for network in [self.base, *self._modules.values()]:
+        if quantize_base != "none":
+            quantize_blocks(base, quantize_base)
+        for network in [self.base, *self._modules.values()]:
+            if gradient_checkpointing:
                 self._checkpoint(network)
+            if torch_compile:
+                self.compilation.add(network)
 
     def __contains__(self, role: str) -> bool:
         return role in self._adapters or role in self._modules
@@ -196,7 +215,8 @@ class Roles:
             return contextlib.nullcontext(), self.active.use(self.active.parts)
 
         def run(module: nn.Module, *args: Any) -> Any:
-            return checkpoint(module.__call__, *args, use_reentrant=False, context_fn=contexts)
+            with on_host(network) if self.offloading else contextlib.nullcontext():
+                return checkpoint(module.__call__, *args, use_reentrant=False, context_fn=contexts)
 
         network.enable_gradient_checkpointing(run)
 
@@ -204,6 +224,14 @@ class Roles:
 def anchor(module: nn.Module) -> Tensor:
     """The first parameter, or buffer of a closed form without parameters: it tells device and dtype in O(1)."""
     return next(itertools.chain(module.parameters(), module.buffers()))
+
+
+def on_host(network: nn.Module) -> contextlib.AbstractContextManager:
+    """Inside, what autograd saves is copied to the host, and back when backward wants it; nobody waits for either.
+
+    On a CPU tensors are there already, and stay what they are.
+    """
+    return save_on_cpu(pin_memory=anchor(network).device.type == "cuda")
 
 
 def inject_adapter(network: nn.Module, adapter: str, spec: AdapterSpec) -> None:

@@ -143,7 +143,8 @@ class Tangents:
 
 
 def _forward_mode(predict: Callable[[Point], Prediction], at: Point, along: Point) -> tuple[Tensor, Tensor]:
-    with forward_ad.dual_level(), sdpa_kernel(SDPBackend.MATH):
+    # Compiled blocks would drop the derivative.
+    with forward_ad.dual_level(), sdpa_kernel(SDPBackend.MATH), torch.compiler.set_stance("force_eager"):
         output, change = forward_ad.unpack_dual(predict(_dual(at, along)).native)
     if change is None:
         raise NotImplementedError("its output does not depend on its inputs")

@@ -75,6 +75,7 @@ class Teacher:
         self.schedule = self.schedule_at(self.default_resolution)
         self.prediction_type = prediction_type_of(scheduler_config(pipeline))
         self._home: torch.device | None = None
+        self._fingerprint: str | None = None
 
     @classmethod
     def from_pretrained(
@@ -197,8 +198,12 @@ class Teacher:
         return copy.deepcopy(self.network)
 
     def identity(self) -> dict[str, str | None]:
-        """What a checkpoint or cache stores to recognise this teacher again: source, revision, weights' fingerprint."""
-        return {"source": self.source, "revision": self.revision, "fingerprint": fingerprint(self.network)}
+        """What a checkpoint or cache stores to recognise this teacher again: source, revision, weights' fingerprint.
+
+        The fingerprint is taken when it is first asked for: a run may store the weights in fewer bits later.
+        """
+        self._fingerprint = self._fingerprint or fingerprint(self.network)
+        return {"source": self.source, "revision": self.revision, "fingerprint": self._fingerprint}
 
 
 def fingerprint(network: nn.Module) -> str:

@@ -64,6 +64,8 @@ CASES: dict[str, Case] = {
     "half-sd15-full-critic": Case("sd15", 256, LORA | {"fake_score": "full"}, HALF),
     "half-sd15-lcm-lora": Case("sd15", 512, LORA, HALF, batch=2, **LCM),
     "half-sd15-lcm-full": Case("sd15", 256, COPIES, HALF, **LCM),
+    "int8-half-sd15-lora": Case("sd15", 256, LORA | {"quantize_base": "int8"}, HALF),
+    "nf4-half-sd15-lora": Case("sd15", 256, LORA | {"quantize_base": "nf4"}, HALF),
     "sd15-lora": Case("sd15", 512, LORA),
     "sd15-low-critic": Case("sd15", 512, LORA | LOW),
     "sdxl-lora-attention": Case("sdxl", 512, LORA | {"lora_target_modules": ATTENTION}, steps=1),
@@ -135,6 +137,7 @@ def _steps(case: Case) -> dict[str, Any]:
     from fastdiff.data import PromptData
     from fastdiff.diffusion.schedules import schedule_from_config
     from fastdiff.engine import Trainer
+    from fastdiff.engine.memory import state_memory
     from fastdiff.planning.teacher import PlannedTeacher
     from fastdiff.planning.walk import PlannedProcess, batch_of
 
@@ -144,14 +147,15 @@ def _steps(case: Case) -> dict[str, Any]:
         schedule = schedule_from_config(dict(blueprint.scheduler))
         teacher = PlannedTeacher(blueprint, schedule, torch.bfloat16, autoencoder=False)
         teacher.fill()
-        weights = sum(parameter.numel() for parameter in teacher.network.parameters())
+        weights = sum(parameter.numel() for parameter in teacher.network.parameters())  # before any is quantised
         trainer = Trainer(method, teacher, PromptData(["a prompt"]), settings, accelerator=PlannedProcess())
         began = time.perf_counter()
         for _ in range(case.steps):
             trainer.train_step([batch_of(trainer, method)])
         seconds = (time.perf_counter() - began) / case.steps
         trainer.metrics.read()  # raises if anything was not finite
-    return {"network_weights": weights, "seconds_a_step": seconds}
+        frozen = state_memory(trainer.networks, trainer.optimizers).frozen
+    return {"network_weights": weights, "frozen_bytes": frozen, "seconds_a_step": seconds}
 
 
 def _method_and_settings(case: Case, folder: str) -> tuple[Any, Any]:

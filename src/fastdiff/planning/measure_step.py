@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import statistics
 import tempfile
-import time
 from collections.abc import Mapping
 from typing import Any
 
@@ -18,6 +17,7 @@ from fastdiff.methods import method_named
 from fastdiff.planning.bare import Bare, Turn, record
 from fastdiff.planning.blueprint import Blueprint, blueprint_of
 from fastdiff.planning.teacher import PlannedTeacher
+from fastdiff.planning.timing import interleaved
 from fastdiff.planning.walk import PlannedProcess, batch_of
 
 MIDDLE = {"block_out_channels": [128, 256, 512], "attention_head_dim": 8, "layers_per_block": 1, "sample_size": 32} | {
@@ -54,14 +54,12 @@ def measure(
         trainer.step = _STEP
         turns = record(trainer, work)
         bare = Bare(trainer, turns)
-        times: list[tuple[float, float]] = []
-        for pair in range(pairs + 1):
+
+        def step() -> None:
             trainer.step = _STEP
-            ours, theirs = (lambda: trainer.train_step([work])), bare.step
-            first, second = (ours, theirs) if pair % 2 else (theirs, ours)
-            found = (_seconds(first), _seconds(second))
-            times.append(found if pair % 2 else found[::-1])
-    times = times[1:]  # the first pair makes optimizer states
+            trainer.train_step([work])
+
+        times = list(interleaved(step, bare.step, pairs, trainer.device))
     return {
         "method": name,
         "size": size,
@@ -101,12 +99,6 @@ def _trainer(name: str, size: str, batch: int, folder: str, changes: Mapping[str
     )
     built = method(method.Config(**config))
     return Trainer(built, teacher, PromptData(["a prompt"]), settings, accelerator=PlannedProcess())
-
-
-def _seconds(work: Any) -> float:
-    began = time.perf_counter()
-    work()
-    return time.perf_counter() - began
 
 
 def _described(turn: Turn) -> dict[str, Any]:

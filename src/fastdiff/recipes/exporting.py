@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from fastdiff import export
 from fastdiff.diffusion.prediction import Prediction
@@ -21,6 +21,7 @@ from fastdiff.engine.previews import sample_role, write_grid
 from fastdiff.models.conditioning import Conditioning
 from fastdiff.models.denoiser import Denoiser
 from fastdiff.models.embeddings import with_fixed_input
+from fastdiff.models.quantizing import exact_weights
 from fastdiff.models.teacher import Teacher, scheduler_config
 from fastdiff.recipes.options import HubOptions
 from fastdiff.recipes.recipe import Recipe
@@ -33,7 +34,12 @@ PROBE_PROMPTS = ("a photo", "a drawing of a house")
 
 
 def export_run(
-    trainer: Trainer, recipe: Recipe, folder: Path, prompts: Sequence[str] = (), pipeline: bool = True
+    trainer: Trainer,
+    recipe: Recipe,
+    folder: Path,
+    prompts: Sequence[str] = (),
+    pipeline: bool = True,
+    autoencoder: nn.Module | None = None,
 ) -> Student:
     """Writes the student, loads it back with stock diffusers and compares; the folder appears whole or not at all.
 
@@ -45,6 +51,7 @@ def export_run(
         folder: the student folder; an earlier student there is replaced.
         prompts: of the card's sample grid.
         pipeline: False writes a LoRA student's LoRA files only.
+        autoencoder: of the whole pipeline, if not the teacher's.
 
     Raises:
         ValueError: if a LoRA is asked of a full student, or one folder of several full students.
@@ -53,7 +60,7 @@ def export_run(
     """
     with _whole_student(trainer):
         if trainer.is_main:
-            _export(trainer, recipe, folder, prompts, pipeline)
+            _export(trainer, recipe, folder, prompts, pipeline, autoencoder)
     trainer.accelerator.wait_for_everyone()
     return Student(folder)
 
@@ -63,18 +70,26 @@ def _whole_student(trainer: Trainer) -> Iterator[None]:
     """Inside, the student has its averaged weights, and the main process holds it and the teacher whole."""
     with (
         trainer.student.evaluated(),
+        _exact_base(trainer),
         trainer.networks.whole(trainer.is_main, "student") as copies,
         trainer.teacher.replaced(copies),
     ):
         yield
 
 
-def _export(trainer: Trainer, recipe: Recipe, folder: Path, prompts: Sequence[str], pipeline: bool) -> None:
+def _export(
+    trainer: Trainer,
+    recipe: Recipe,
+    folder: Path,
+    prompts: Sequence[str],
+    pipeline: bool,
+    autoencoder: nn.Module | None,
+) -> None:
     with tempfile.TemporaryDirectory(prefix=".export-", dir=trainer.folder) as scratch:
         options = _options(trainer, recipe, pipeline)
         if prompts:
             options = _with_samples(trainer, options, prompts, Path(scratch))
-        student = trained_student(trainer)
+        student = dataclasses.replace(trained_student(trainer), autoencoder=autoencoder)
         export.export_student(
             folder,
             student,
@@ -134,6 +149,20 @@ def fresh_pipeline(teacher: Teacher, student: export.Student, scratch: Path) -> 
     base = dataclasses.replace(student, network=teacher.network, adapters={})
     folder = export.save_pipeline(base, scratch / "teacher", guidance_free=False)
     return DiffusionPipeline.from_pretrained(folder, local_files_only=True)
+
+
+def _exact_base(trainer: Trainer) -> contextlib.AbstractContextManager:
+    """Inside, a quantised base has its original weights again, which users of the student will have."""
+    if trainer.settings.quantize_base == "none":
+        return contextlib.nullcontext()
+    teacher = trainer.teacher
+    if not teacher.source:
+        raise ValueError(
+            "quantize_base needs a teacher that can be loaded again for the export: give its folder or Hub id, not a "
+            "pipeline object"
+        )
+    exact = Teacher.from_pretrained(teacher.source, revision=teacher.revision).network
+    return exact_weights(trainer.networks.roles.base, exact)
 
 
 def _record(trainer: Trainer, recipe: Recipe, student: export.Student) -> export.StudentRecord:
