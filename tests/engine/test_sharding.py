@@ -166,6 +166,8 @@ def _parameter_names(run):
         ({"fake_score": "full", "fake_score_in_backward": True}, "16 bytes a weight"),
         ({"fake_score": "full", "fake_score_dtype": "bf16", "mixed_precision": "bf16"}, "16 bytes a weight"),
         ({"student": "full", "use_8bit_adam": True}, "share"),
+        ({"torch_compile": True}, "have not been made to work"),
+        ({"quantize_base": "int8"}, "have not been made to work"),
     ],
 )
 def test_what_cannot_be_cut_is_refused(settings, message):

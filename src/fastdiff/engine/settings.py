@@ -128,6 +128,11 @@ class Settings:
                 "use_8bit_adam shares scales across the cuts of fsdp: leave it out for full networks, whose moments are "
                 "sharded anyway, or leave out fsdp"
             )
+        if self.quantize_base != "none" or self.torch_compile:
+            raise ValueError(
+                "quantize_base and torch_compile have not been made to work on networks that fsdp cuts: leave them out, "
+                "or fsdp"
+            )
 
 
 _POSITIVE = (
