@@ -16,6 +16,7 @@ from safetensors.torch import save_file
 from fastdiff.engine import Settings, Trainer
 from fastdiff.engine.sharding import local
 from fastdiff.methods import DMD2, LCM, DMD2Config, LCMConfig
+from fastdiff.models.denoiser import Taps
 from fastdiff.models.teacher import Teacher
 
 GLOBAL_BATCH = 4
@@ -63,6 +64,27 @@ def descend(pipeline: Any, case: str, folder: Path, world: int, **settings) -> N
         base = sum(local(p).numel() for p in run.networks.roles.base.parameters())
         report = {"world": run.accelerator.num_processes, "metrics": metrics, "student": held, "base": base}
         (folder / "report.json").write_text(json.dumps(report))
+
+
+def feature_gradients(pipeline: Any, folder: Path, world: int) -> None:
+    """Gradients of the critic from its features alone, with other calls between forward and backward."""
+    run = trainer(pipeline, "full", folder, world)
+    (batch,) = next(run.batches.steps(0))
+    denoiser, held = run.networks.denoiser, run.held["fake_score"]
+    asked = (batch.images(), torch.full((len(batch),), 500.0), batch.cond, "fake_score")
+    (middle,) = denoiser.features(*asked, ("mid_block",))  # the network stops there
+    taps = Taps(("down_blocks.0",))
+    denoiser(*asked, taps=taps)
+    with torch.no_grad():
+        denoiser(*asked)
+    loss = middle.square().mean() + taps.features["down_blocks.0"].square().mean()
+    loss.backward(inputs=held.leaves)
+    held.collect_gradients()
+    names = [name for name, _ in run.networks.roles.named_parameters("fake_score")]
+    got = {n: p.grad for n, p in zip(names, held.parameters, strict=True) if p.grad is not None}
+    whole = dict(held.whole(got, [names.index(name) for name in got]))
+    if run.is_main:
+        save_file({name: tensor.contiguous() for name, tensor in whole.items()}, folder / "weights.safetensors")
 
 
 def train(pipeline: Any, case: str, folder: Path, world: int, **settings) -> None:

@@ -8,7 +8,7 @@ import math
 import pytest
 import torch
 from safetensors.torch import load_file
-from sharding_jobs import CASES, descend, distill, launch, train
+from sharding_jobs import CASES, descend, distill, feature_gradients, launch, train
 
 from fastdiff.engine import Settings
 
@@ -64,6 +64,19 @@ def test_two_processes_equal_one(_sd_original, folder, case):
     adapters = 2 * alone["student"] if case.startswith("lora") else 0
     assert held["base"] == pytest.approx((alone["base"] - adapters) / 2 + adapters, rel=0.02)
     assert held["student"] == (alone["student"] if adapters else pytest.approx(alone["student"] / 2, rel=0.02))
+
+
+@pytest.mark.slow
+@pytest.mark.launch
+def test_features_alone_carry_the_gradient(_sd_original, folder):
+    one, two = folder("one"), folder("two")
+    feature_gradients(_sd_original, one, 1)
+    launch(feature_gradients, 2, _sd_original, two, 2)
+    gradients = load_file(one / "weights.safetensors")
+    assert (
+        min(float(gradients[name].abs().max()) for name in ("conv_in.weight", "time_embedding.linear_1.weight")) > 1e-3
+    )
+    assert_close(one, two)
 
 
 @pytest.mark.slow
