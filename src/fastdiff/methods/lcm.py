@@ -61,6 +61,7 @@ class LCM(GuidanceInput, Trajectory):
         needs=("images",),
         student_kinds=("lora", "full"),
         steps="1-8",
+        status="scored on the embedded teacher",
     )
     Config = LCMConfig
     config: LCMConfig
