@@ -21,6 +21,7 @@ from torch.distributed.tensor import DTensor
 
 from fastdiff.engine.settings import Sharding
 
+_TORCH = (2, 14)
 _REPLICATE, _SHARD = "replicate", "shard"
 
 
@@ -35,9 +36,12 @@ class Shards:
 
     Raises:
         ValueError: if the processes are not spread evenly over nodes.
+        ImportError: if torch is older than what this was written for.
     """
 
     def __init__(self, kind: Sharding, device: torch.device, compute_dtype: torch.dtype | None = None) -> None:
+        if torch.__version__ < _TORCH:
+            raise ImportError(f"fsdp needs torch {'.'.join(map(str, _TORCH))}, this is {torch.__version__}: update it")
         self.device = device
         self.mesh = _mesh(kind, device)
         # Inputs keep their types: a time of 999 is no bfloat16.
