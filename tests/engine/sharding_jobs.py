@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import copy
 import json
+import multiprocessing
 import os
+import pickle
+import socket
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,6 +15,7 @@ from typing import Any
 import torch
 from engine_helpers import PROMPTS, Latents
 from safetensors.torch import save_file
+from torch.multiprocessing import start_processes
 
 from fastdiff.engine import Settings, Trainer
 from fastdiff.engine.sharding import local
@@ -113,22 +117,25 @@ def _write_weights(run: Trainer, folder: Path) -> None:
 
 
 def launch(job: Callable, processes: int, *arguments: Any, node: int | None = None, **settings: Any) -> None:
-    """Runs a job in real processes that gloo connects.
+    """Runs a job in real processes that gloo connects; launchers are tested in test_failures.py.
 
-    They are forked, which saves each of them the imports; launchers are tested in test_failures.py.
+    They are forked from a server that has done the imports: a test process whose backward has run cannot be forked.
 
     Args:
         node: how many of them make a node, where one machine stands for several.
     """
-    from accelerate import debug_launcher
+    multiprocessing.set_forkserver_preload(["accelerate", "fastdiff.engine", "fastdiff.models.teacher"])
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        port = found.getsockname()[1]
+    world = {"WORLD_SIZE": processes, "LOCAL_WORLD_SIZE": node or processes, "MASTER_PORT": port}
+    work = pickle.dumps((job, arguments, settings))  # by value: shared tensors would be more files than one may pass
+    start_processes(_work, (world, work), processes, start_method="forkserver")
 
-    debug_launcher(_work, (job, arguments, settings, node or processes), processes)
 
-
-def _work(job: Callable, arguments: tuple, settings: dict, node: int) -> None:
-    from accelerate.state import AcceleratorState
-
-    AcceleratorState._reset_state(reset_partial_state=True)  # the parent is one process
-    os.environ["LOCAL_WORLD_SIZE"] = str(node)
+def _work(rank: int, world: dict[str, int], work: bytes) -> None:
+    told = world | {"RANK": rank, "LOCAL_RANK": rank, "MASTER_ADDR": "127.0.0.1", "ACCELERATE_USE_CPU": "true"}
+    os.environ.update({name: str(value) for name, value in told.items()})
     torch.set_num_threads(1)
+    job, arguments, settings = pickle.loads(work)
     job(*arguments, **settings)

@@ -103,15 +103,20 @@ def test_configs_of_transformers_have_the_published_sizes(name, network, autoenc
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("name", "parameters"), [("sd35m", 2_243_171_520), ("flux1dev", 11_901_408_320), ("pixart_sigma", 610_856_096)]
+    ("name", "parameters", "positions"),
+    [
+        ("sd35m", 2_243_171_520, 384 * 384 * 1536),
+        ("flux1dev", 11_901_408_320, 0),
+        ("pixart_sigma", 610_856_096, 64 * 64 * 1152),
+    ],
 )
-def test_transformers_can_be_planned(name, parameters):
+def test_transformers_can_be_planned(name, parameters, positions):
     changes = {"resolution": 512, "train_batch_size": 1, "gradient_checkpointing": True, "mixed_precision": "bf16"}
     method = DMD2(DMD2Config(student_update_every=1))
     walked = walk(method, blueprint_of(name), settings(**changes), frozen_dtype=torch.bfloat16)
     assert walked.resolution == 512
     split = walked.phases["student"]
-    assert split[FROZEN] == 2 * parameters
+    assert split[FROZEN] == 2 * (parameters + positions)  # position tables are buffers
     assert split[TRAINED] > 0 and split[ACTIVATIONS] > 0
 
 
