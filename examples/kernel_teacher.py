@@ -9,9 +9,8 @@ nearest mode. Printed is the total variation between the modes' shares and their
 disjoint), for exact draws, for one undistilled step from each start time, and for the student; and how far samples are
 from their modes, since shares say nothing of sharpness.
 
-What was found here (eval/results/kernel_modes.json): DMD2 moves mass between modes only by scores at high noise, where
-modes overlap. From t = 20 up (the paper's range) most of the gradient sharpens modes, and those at hand take all: from
-pure noise at t = 999 it collapses to a twentieth of the modes.
+What was found here (eval/README.md, eval/results/kernel_modes.json): DMD2 moves mass between modes by scores at high
+noise, where modes overlap. With the paper's range, from t = 20 up, it keeps the modes but not their shares.
 """
 
 from __future__ import annotations
