@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 
 import torch
@@ -20,7 +21,7 @@ class FeatureHead(nn.Module):
     def __init__(self, channels: int, width: int = 256, groups: int = 32) -> None:
         super().__init__()
         width = min(width, max(channels, _LEAST_WIDTH))
-        groups = min(groups, width // 4 or 1)
+        groups = math.gcd(min(groups, width // 4 or 1), width)
         self.layers = nn.Sequential(
             nn.Conv2d(channels, width, 3, stride=2, padding=1),
             nn.GroupNorm(groups, width),
