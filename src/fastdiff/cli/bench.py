@@ -13,8 +13,14 @@ from fastdiff.recipes.errors import RecipeError
 HELP = "measure memory and time of training steps on random weights, and the latency of pipelines"
 USAGE = """fastdiff bench memory [--case NAME ...] [--output FILE]
        fastdiff bench step [--method NAME ...] [--size middle|tiny] [--batch N] [--pairs N] [--output FILE]
+       fastdiff bench methods [--method NAME ...] [--size middle|tiny] [--batch N] [--pairs N] [--output FILE]
        fastdiff bench inference [teacher|STUDENT ...] [--teacher NAME] [--batch N] [--pairs N] [--output FILE]"""
-KINDS = {"memory": lambda flags: _memory(flags), "step": lambda flags: _step(flags), "inference": inference}
+KINDS = {
+    "memory": lambda flags: _memory(flags),
+    "step": lambda flags: _step(flags),
+    "methods": lambda flags: _methods(flags),
+    "inference": inference,
+}
 
 
 def main(arguments: list[str]) -> int:
@@ -30,9 +36,9 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("models", nargs="*", help="inference: student folders, or `teacher` [teacher]")
     parser.add_argument("--teacher", default="embedded", help="inference: what `teacher` stands for [embedded]")
     parser.add_argument("--case", nargs="+", help="memory: which cases; those of 8 GiB if not given")
-    parser.add_argument("--method", nargs="+", default=["dmd2", "lcm"], help="step: which methods [dmd2 lcm]")
-    parser.add_argument("--size", default="middle", help="step: middle (about 50 M weights) or tiny [middle]")
-    parser.add_argument("--batch", type=int, help="samples [step 2, inference 1]")
+    parser.add_argument("--method", nargs="+", help="step, methods: which [dmd2 lcm, and all]")
+    parser.add_argument("--size", default="middle", help="step, methods: middle (about 50 M weights) or tiny [middle]")
+    parser.add_argument("--batch", type=int, help="samples [step and methods 2, inference 1]")
     parser.add_argument("--pairs", type=int, default=20, help="interleaved pairs behind the median [20]")
     parser.add_argument("--gradient_checkpointing", action="store_true", help="step: recompute activations")
     parser.add_argument("--torch_compile", action="store_true", help="step: compiled, beside passes that are not")
@@ -42,7 +48,7 @@ def main(arguments: list[str]) -> int:
         raise RecipeError(f"bench measures {', '.join(KINDS)}, got {flags.what!r}")
     if flags.models and flags.what != "inference":
         raise RecipeError(f"unknown argument {flags.models[0]!r}: only bench inference takes models")
-    flags.batch = flags.batch or (2 if flags.what == "step" else 1)
+    flags.batch = flags.batch or (1 if flags.what == "inference" else 2)
     show_progress_only()
     return KINDS[flags.what](flags)
 
@@ -64,15 +70,37 @@ def _memory(flags: Any) -> int:
     return 0
 
 
-def _step(flags: Any) -> int:
-    from fastdiff.planning.measure_step import SIZES, measure
+def _methods(flags: Any) -> int:
+    from fastdiff.methods import METHODS, method_named
+    from fastdiff.planning.measure_methods import combinations, measure
 
-    if flags.size not in SIZES:
-        raise RecipeError(f"--size must be one of {', '.join(SIZES)}, got {flags.size!r}")
+    _check_size(flags.size)
+    print(f"{'method':24}{'student':>8}{'critics':>8}{'peak':>12}{'step s':>10}{'bare s':>10}{'ratio':>8}")
+    for name in flags.method or [method.info.name for method in METHODS]:
+        for kinds in combinations(method_named(name)):
+            row = measure(name, kinds, flags.size, flags.batch, flags.pairs)
+            peak = f"{row['peak'] / 2**20:8.0f} MiB"
+            times = f"{row['step_seconds']:10.3f}{row['bare_seconds']:10.3f}{row['ratio']:8.3f}"
+            print(f"{name:24}{kinds[0]:>8}{kinds[1] or '':>8}{peak}{times}", flush=True)
+            keep(flags.output, "-".join([name, flags.size, *filter(None, kinds)]), row)
+    return 0
+
+
+def _check_size(size: str) -> None:
+    from fastdiff.planning.measure_step import SIZES
+
+    if size not in SIZES:
+        raise RecipeError(f"--size must be one of {', '.join(SIZES)}, got {size!r}")
+
+
+def _step(flags: Any) -> int:
+    from fastdiff.planning.measure_step import measure
+
+    _check_size(flags.size)
     names = {"gradient_checkpointing": "checkpointed", "torch_compile": "compiled"}
     settings = {name: True for name in names if getattr(flags, name)}
     print(f"{'method':20}{'weights':>12}{'step s':>10}{'bare s':>10}{'ratio':>8}  calls")
-    for name in flags.method:
+    for name in flags.method or ["dmd2", "lcm"]:
         row = measure(name, flags.size, batch=flags.batch, pairs=flags.pairs, settings=settings)
         calls = "; ".join(
             f"{'+'.join(turn['trains'])}: "

@@ -115,14 +115,14 @@ def run_here(name: str) -> dict[str, Any]:
 
     _steps(CASES["tiny-lora"])
     gc.collect()
-    before = _resident("VmRSS")
+    before = resident("VmRSS")
     case = CASES[name]
     found = _steps(case)
     return {
         "name": name,
         "case": dataclasses.asdict(case),
         "resident_after_imports": before,
-        "peak": _resident("VmHWM") - before,
+        "peak": resident("VmHWM") - before,
         "torch": torch.__version__,
     } | found
 
@@ -174,7 +174,7 @@ def _method_and_settings(case: Case, folder: str) -> tuple[Any, Any]:
     return method(method.Config(**case.config)), settings
 
 
-def _resident(key: str) -> int:
+def resident(key: str) -> int:
     """Bytes resident now (`VmRSS`) or at most so far (`VmHWM`); Linux only."""
     lines = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{key}:"))

@@ -76,6 +76,16 @@ def measure(
     }
 
 
+def take_steps(name: str, size: str, batch: int, settings: Mapping[str, Any], steps: int) -> None:
+    """A method's steps; everything they made is dropped with the return."""
+    with tempfile.TemporaryDirectory() as folder:
+        trainer = _trainer(name, size, batch, folder, settings)
+        work = batch_of(trainer, trainer.method)
+        for _ in range(steps):
+            trainer.step = _STEP
+            trainer.train_step([work])
+
+
 def middle_blueprint(size: str) -> Blueprint:
     """A Stable Diffusion UNet of another width."""
     whole = blueprint_of("sd15")

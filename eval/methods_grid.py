@@ -1,0 +1,65 @@
+"""Draws docs/images/methods.png: the same prompts and noise through the teacher, no training, and every student.
+
+    python eval/methods_grid.py runs/leaderboard
+
+Takes the students of seed 0 that `eval/leaderboard.py` left in its runs folder, each at its own number of steps.
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from torch import Tensor
+
+from fastdiff.evaluation.grid import draw_grid, grid_images, save_picture
+from fastdiff.models.teacher import Teacher
+from fastdiff.recipes import Student
+
+ROOT = Path(__file__).resolve().parents[1]
+PROMPTS = (
+    "red apple",
+    "dog face",
+    "a heart",
+    "a flower",
+    "a smiling face",
+    "a fruit",
+    "an animal",
+    "a building",
+    "a country flag",
+    "a clock",
+    "a person at work",
+    "a fist or thumb",
+)
+SIZE = {"height": 32, "width": 32}
+
+
+def teacher_rows(prompts: list[str]) -> list[tuple[str, Tensor]]:
+    """The teacher at 50 steps, and what its own solver makes of 1, 2 and 4."""
+    pipeline = Teacher.from_pretrained("embedded").pipeline
+    names = {50: "teacher, 50 steps", 4: "undistilled, 4 steps", 2: "undistilled, 2 steps", 1: "undistilled, 1 step"}
+    return [(name, grid_images(pipeline, prompts, steps, 1.0, extra=SIZE)) for steps, name in names.items()]
+
+
+def student_row(folder: Path, prompts: list[str]) -> tuple[str, Tensor]:
+    """One student at its own steps."""
+    student = Student(folder / "student")
+    steps = len(student.sampler)
+    images = grid_images(student.pipeline(), prompts, steps, student.sampler.guidance_scale, extra=SIZE)
+    recipe = folder.name.rsplit("-", 1)[0]
+    return f"{recipe}, {steps} step{'s' if steps > 1 else ''}", images
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("runs", type=Path)
+    parser.add_argument("--output", type=Path, default=ROOT / "docs" / "images" / "methods.png")
+    arguments = parser.parse_args()
+    prompts = list(PROMPTS)
+    folders = sorted(path.parent for path in arguments.runs.glob("*-0/student") if path.is_dir())
+    rows = teacher_rows(prompts) + [student_row(folder, prompts) for folder in folders]
+    print(save_picture(draw_grid(rows, prompts, cell=64), arguments.output))
+
+
+if __name__ == "__main__":
+    main()
