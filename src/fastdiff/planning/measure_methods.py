@@ -7,7 +7,7 @@ import subprocess
 import sys
 from typing import Any
 
-from fastdiff.methods import Method, method_named
+from fastdiff.methods import Method
 
 Kinds = tuple[str, str | None]
 """Of the student and of the critics; None where a method has no critics."""
