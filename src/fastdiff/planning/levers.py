@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import importlib.util
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from importlib.util import find_spec
 from typing import Any
 
 from fastdiff.methods import method_named
@@ -118,7 +118,7 @@ def _can_quantize(recipe: Recipe) -> bool:
     """Adapters alone, and a package that the plan itself needs as well."""
     values = recipe.values
     possible = values["quantize_base"] in _NEXT_STORAGE and values["fsdp"] == "none" and not _full_roles(recipe)
-    return possible and importlib.util.find_spec("bitsandbytes") is not None
+    return possible and find_spec("bitsandbytes") is not None
 
 
 def _can_shard(recipe: Recipe) -> bool:
