@@ -131,16 +131,17 @@ def compared(row: Mapping[str, Any], rows: Mapping[str, Any]) -> dict[str, Any]:
 def run_here(name: str) -> dict[str, Any]:
     """The steps, in this process: resident bytes after imports and at the peak, and seconds a step.
 
-    A tiny step is taken first, since libraries load much of their code when it is first used.
+    A tiny step of the same kind is taken first, since libraries load much of their code when it is first used.
     """
     import gc
 
     import torch
 
-    _steps(CASES["tiny-lora"])
+    case, tiny = CASES[name], CASES["tiny-lora"]
+    storage = {"quantize_base": case.settings.get("quantize_base", "none")}
+    _steps(dataclasses.replace(tiny, settings={**tiny.settings, **storage}))
     gc.collect()
     before = _resident("VmRSS")
-    case = CASES[name]
     found = _steps(case)
     return {
         "name": name,
