@@ -78,7 +78,7 @@ CASES: dict[str, Case] = {
     "int8-half-sd15-lora": Case("sd15", 256, LORA | {"quantize_base": "int8"}, HALF, against=PLAIN),
     "nf4-half-sd15-lora": Case("sd15", 256, LORA | {"quantize_base": "nf4"}, HALF, against=PLAIN),
     "sd15-lora": Case("sd15", 512, LORA),
-    "sd15-low-critic": Case("sd15", 512, LORA | LOW, steps=1),
+    "sd15-low-critic": Case("sd15", 256, LORA | LOW, steps=1),
     "sdxl-lora-attention": Case("sdxl", 512, LORA | {"lora_target_modules": ATTENTION}, steps=1),
     "sdxl-lora": Case("sdxl", 512, LORA, steps=1),
 }
