@@ -13,7 +13,7 @@ from fastdiff.planning.plan import Plan, with_margin
 from fastdiff.planning.scaling import scale
 from fastdiff.planning.sharing import EXCHANGE, GATHERED, device_phases
 from fastdiff.planning.tracker import ACTIVATIONS
-from fastdiff.planning.walk import ENCODERS, FROZEN, GRADIENTS, OPTIMIZER, TRAINED, Walk
+from fastdiff.planning.walk import ENCODERS, FROZEN, GRADIENTS, OPTIMIZER, PROMPTS, TRAINED, Walk
 from fastdiff.recipes.recipe import resolve
 
 GB = 10**9
@@ -21,7 +21,8 @@ ADAPTERS = {"student": "lora", "fake_score": "lora", "mixed_precision": "bf16", 
 COPIES = {"student": "full", "fake_score": "full"}
 WALKED = Walk(
     phases={
-        "student": Counter({FROZEN: 10 * GB, TRAINED: 20 * GB, OPTIMIZER: 40 * GB, ACTIVATIONS: 8 * GB, ENCODERS: GB})
+        "student": Counter({FROZEN: 10 * GB, TRAINED: 20 * GB, OPTIMIZER: 40 * GB, ACTIVATIONS: 8 * GB, ENCODERS: GB}),
+        PROMPTS: Counter({FROZEN: 10 * GB, TRAINED: 20 * GB, OPTIMIZER: 40 * GB, ENCODERS: 3 * GB}),
     },
     exchanged={"student": 10 * GB},
     buffer=10 * GB,

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 
 from fastdiff.planning.tracker import ACTIVATIONS
-from fastdiff.planning.walk import GRADIENTS, KINDS, Walk
+from fastdiff.planning.walk import BETWEEN, GRADIENTS, KINDS, Walk
 
 EXCHANGE, GATHERED = "gradient exchange", "gathered blocks"
 _AT_ONCE = 2
@@ -38,6 +38,7 @@ def _share(split: Counter[str], walked: Walk, gpus: int) -> Counter[str]:
 
 def _exchange(phases: dict[str, Counter[str]], buffer: int, cut_gradients: int) -> Counter[str]:
     """After backward activations are gone, and the gradients lie in one flat buffer as well."""
-    fullest = max(phases.values(), key=lambda split: split.total() - split[ACTIVATIONS])
+    turns = [split for name, split in phases.items() if name not in BETWEEN]
+    fullest = max(turns, key=lambda split: split.total() - split[ACTIVATIONS])
     kept = Counter({kind: fullest[kind] for kind in KINDS if kind not in (ACTIVATIONS, GRADIENTS)})
     return kept + Counter({GRADIENTS: buffer + cut_gradients, EXCHANGE: buffer})

@@ -140,7 +140,7 @@ def walk(
             ]
             cut = _cut(trainer, full)
             sizes = {name: sum(p.numel() for p in one.parameters) for name, one in trainer.optimizers.items()}
-            largest = max(_size(block.parameters()) for block in _blocks(teacher.network))
+            largest = max(_size(_without_adapters(block, trainer)) for block in _blocks(teacher.network))
     for phase, peak in tracker.peaks.items():
         peak[ENCODERS] = _encoders_in(phase, peak[ENCODERS], encoders, offloaded)
     return Walk(
@@ -166,7 +166,7 @@ def _full_roles(trainer: Trainer) -> list[str]:
 def _cut(trainer: Trainer, full: list[str]) -> Counter[str]:
     """Bytes by kind of what belongs to full networks and to the base, which devices may share."""
     networks = trainer.networks
-    cut = Counter({FROZEN: _size(weight for weight in networks.roles.base.parameters() if not weight.requires_grad)})
+    cut = Counter({FROZEN: _size(_without_adapters(networks.roles.base, trainer))})
     for role in full:
         size = _size(networks.parameters(role))
         if role in trainer.optimizers:
@@ -184,13 +184,20 @@ def _count_gathered(trainer: Trainer) -> Counter[str]:
     gathered: Counter[str] = Counter()
     own = trainer.networks.roles
     for network in {id(network): network for network in map(own.network, own)}.values():
-        size = _size(network.parameters())
+        size = _size(_without_adapters(network, trainer))
 
         def before(_module: nn.Module, _args: Any, size: int = size) -> None:
             gathered["networks"] += size * (1 + torch.is_grad_enabled())
 
         network.register_forward_pre_hook(before)
     return gathered
+
+
+def _without_adapters(network: nn.Module, trainer: Trainer) -> Iterator[nn.Parameter]:
+    """The weights of a network that devices can share; adapters stay whole on each."""
+    roles = trainer.networks.roles
+    adapters = {weight for role in roles if roles.is_adapter(role) for weight in roles.parameters(role)}
+    return (weight for weight in network.parameters() if weight not in adapters)
 
 
 def _blocks(network: nn.Module) -> Iterator[nn.Module]:
