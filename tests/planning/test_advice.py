@@ -129,6 +129,7 @@ def test_a_device_holds_its_share_of_networks_and_all_of_adapters():
     assert step[TRAINED] == 16 * GB / 4 + 4 * GB
     assert step[OPTIMIZER] == 32 * GB / 4 + 8 * GB
     assert step[ACTIVATIONS] == 8 * GB and step[ENCODERS] == GB and step[GATHERED] == 2 * GB
+    assert phases[PROMPTS][GATHERED] == 0  # encoders are whole
     assert phases[EXCHANGE][EXCHANGE] == 2 * GB  # adapters alone are averaged in a buffer
     assert phases[EXCHANGE][GRADIENTS] == 2 * GB + 8 * GB / 4
     assert device_phases(WALKED, 1, sharded=True) == WALKED.phases

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 
 from fastdiff.planning.tracker import ACTIVATIONS
-from fastdiff.planning.walk import BETWEEN, GRADIENTS, KINDS, Walk
+from fastdiff.planning.walk import BETWEEN, DECODE, ENCODE, GRADIENTS, KINDS, PROMPTS, Walk
 
 EXCHANGE, GATHERED = "gradient exchange", "gathered blocks"
 _AT_ONCE = 2
@@ -24,16 +24,17 @@ def device_phases(walked: Walk, gpus: int, sharded: bool) -> dict[str, Counter[s
         return dict(walked.phases)
     phases, buffer, cut_gradients = dict(walked.phases), walked.buffer, 0
     if sharded:
-        phases = {name: _share(split, walked, gpus) for name, split in phases.items()}
+        phases = {name: _share(name, split, walked, gpus) for name, split in phases.items()}
         buffer, cut_gradients = walked.whole_buffer, (walked.buffer - walked.whole_buffer) // gpus
     return phases | {EXCHANGE: _exchange(phases, buffer, cut_gradients)}
 
 
-def _share(split: Counter[str], walked: Walk, gpus: int) -> Counter[str]:
-    """One device's part of a moment; a gradient may not be whole there yet."""
+def _share(phase: str, split: Counter[str], walked: Walk, gpus: int) -> Counter[str]:
+    """One device's part of a moment; a gradient may not be whole there yet, and encoders gather nothing."""
     cut = Counter({kind: min(split[kind], size) for kind, size in walked.cut.items()})
     shares = Counter({kind: -(-size // gpus) for kind, size in cut.items()})
-    return split - cut + shares + Counter({GATHERED: _AT_ONCE * walked.largest_block})
+    gathered = 0 if phase in (PROMPTS, DECODE, ENCODE) else _AT_ONCE * walked.largest_block
+    return split - cut + shares + Counter({GATHERED: gathered})
 
 
 def _exchange(phases: dict[str, Counter[str]], buffer: int, cut_gradients: int) -> Counter[str]:
