@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from fastdiff.cli.bench_inference import inference
-from fastdiff.cli.bench_results import keep
+from fastdiff.cli.bench_results import keep, kept
 from fastdiff.cli.parsing import Parser, show_progress_only
 from fastdiff.recipes.errors import RecipeError
 
@@ -54,18 +54,21 @@ def main(arguments: list[str]) -> int:
 
 
 def _memory(flags: Any) -> int:
-    from fastdiff.planning.measure_memory import CASES, SUITE, measure
+    from fastdiff.planning.measure_memory import CASES, SUITE, compared, measure
 
     names = flags.case or SUITE
     unknown = [name for name in names if name not in CASES]
     if unknown:
         raise RecipeError(f"unknown case {unknown[0]!r}; known: {', '.join(CASES)}")
-    print(f"{'case':28}{'weights':>12}{'measured':>12}{'predicted':>12}{'ratio':>8}{'s/step':>9}")
+    print(f"{'case':28}{'weights':>12}{'measured':>12}{'predicted':>12}{'ratio':>8}{'s/step':>9}  peak / peak of")
+    rows = kept(flags.output)
     for name in names:
-        row = measure(name)
+        row = rows[name] = compared(measure(name), rows)
         sizes = "".join(f"{row[key] / 2**30:8.2f} GiB" for key in ("peak", "predicted"))
         ratio = row["predicted"] / row["peak"]
-        print(f"{name:28}{row['network_weights']:12,}{sizes}{ratio:8.2f}{row['seconds_a_step']:9.1f}", flush=True)
+        against = f"  {row['peak_share']:.2f} {row['against']}" if "against" in row else ""
+        seconds = row["seconds_a_step"]
+        print(f"{name:28}{row['network_weights']:12,}{sizes}{ratio:8.2f}{seconds:9.1f}{against}", flush=True)
         keep(flags.output, name, row)
     return 0
 

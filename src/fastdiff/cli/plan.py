@@ -24,7 +24,9 @@ def main(arguments: list[str]) -> int:
     """Prints the plan; 1 where it does not fit into `--memory`."""
     parser = Parser("plan", DESCRIPTION, usage="fastdiff plan recipe.yaml [name=value ...] [options]")
     parser.add_argument("recipe", help="YAML recipe; name=value after it overrides its options")
-    parser.add_argument("--gpus", type=int, default=1, help="devices, each with all weights [1]")
+    parser.add_argument(
+        "--gpus", type=int, default=1, help="devices, each with all weights, or its share with fsdp [1]"
+    )
     parser.add_argument(
         "--memory", help="of one device, such as 24GB or 22GiB; says what to change if it is too small"
     )

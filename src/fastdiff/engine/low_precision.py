@@ -108,6 +108,10 @@ class LowPrecisionAdamW(torch.optim.Optimizer):
         """Steps of each parameter; on the host, so that no device is waited for."""
         self._numbers = {parameter: number for number, parameter in enumerate(own)}
         self._generators = {device: torch.Generator(device) for device in {parameter.device for parameter in own}}
+        # All at once: made inside backward, each would pin a hole among temporaries that nothing else fits into.
+        for parameter in own:
+            first, second = FIRST.zeros(parameter), SECOND.zeros(parameter)
+            self.state[parameter] = dict(zip(("first", "first_scale", "second", "second_scale"), (*first, *second)))
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:
@@ -119,7 +123,7 @@ class LowPrecisionAdamW(torch.optim.Optimizer):
     @torch.no_grad()
     def step_one(self, parameter: nn.Parameter, found_inf: Tensor | None = None) -> None:
         """Moves one parameter by its gradient."""
-        group, state, number = self.param_groups[0], self._state_of(parameter), self._numbers[parameter]
+        group, state, number = self.param_groups[0], self.state[parameter], self._numbers[parameter]
         (beta1, beta2), rate = group["betas"], group["lr"]
         self.counts[number] += 1
         count = self.counts[number]
@@ -145,13 +149,6 @@ class LowPrecisionAdamW(torch.optim.Optimizer):
             if number in state_dict["state"]:
                 own = state_dict["state"][number]
                 self.state[parameter] = {key: value.clone().to(parameter.device) for key, value in own.items()}
-
-    def _state_of(self, parameter: nn.Parameter) -> dict[str, Tensor]:
-        state = self.state[parameter]
-        if not state:
-            state["first"], state["first_scale"] = FIRST.zeros(parameter)
-            state["second"], state["second_scale"] = SECOND.zeros(parameter)
-        return state
 
     def _generator(self, parameter: nn.Parameter, number: int, count: int) -> torch.Generator:
         counter = (number, self.site, count & 0xFFFFFFFF, 0)

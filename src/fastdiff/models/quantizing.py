@@ -94,6 +94,17 @@ class _Product(torch.autograd.Function):
         return grad @ ctx.layer.kind.read(ctx.layer, grad.dtype), None
 
 
+def linears_in_blocks(network: nn.Module) -> list[tuple[nn.Module, str]]:
+    """The linear layers of a network's repeated blocks, by owner and name; adapters on them are left out."""
+    return [
+        (owner, name)
+        for block in blocks_of(network)
+        for owner in block.modules()
+        for name, child in owner.named_children()
+        if type(child) is nn.Linear and not isinstance(owner, nn.ModuleDict)  # adapters lie in ModuleDicts
+    ]
+
+
 def quantize_blocks(network: nn.Module, kind: Quantization) -> None:
     """Replaces the linear layers of a network's repeated blocks, one after the other; adapters on them stay.
 
@@ -107,13 +118,7 @@ def quantize_blocks(network: nn.Module, kind: Quantization) -> None:
         raise ImportError(
             f"quantize_base {kind} needs bitsandbytes: pip install 'fastdiff-diffusers[8bit]', or leave it out"
         ) from error
-    found = [
-        (owner, name)
-        for block in blocks_of(network)
-        for owner in block.modules()
-        for name, child in owner.named_children()
-        if type(child) is nn.Linear and not isinstance(owner, nn.ModuleDict)  # adapters lie in ModuleDicts
-    ]
+    found = linears_in_blocks(network)
     if not found:
         raise ValueError(
             f"quantize_base: {type(network).__name__} has no repeated blocks with linear layers; leave it out"

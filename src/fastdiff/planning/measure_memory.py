@@ -37,6 +37,8 @@ class Case:
         method, config: what is computed; both turns of a two-time-scale method in every step.
         batch: samples.
         steps: training steps; the first makes the optimizers' states.
+        encoders: text encoders and autoencoder in float32 stay in memory and encode each batch; else it was cached.
+        against: the case without this one's lever, or with one base where this one has copies.
     """
 
     teacher: str
@@ -47,6 +49,8 @@ class Case:
     config: Mapping[str, Any] = field(default_factory=lambda: DMD2)
     batch: int = 1
     steps: int = 2
+    encoders: bool = False
+    against: str | None = None
 
     def blueprint(self) -> Blueprint:
         """The parts, with the network's changes."""
@@ -55,19 +59,26 @@ class Case:
 
 
 LCM = {"method": "lcm", "config": {"target_decay": 0.0}}
+PLAIN, FULL_CRITIC, LCM_LORA = "half-sd15-lora", "half-sd15-full-critic", "half-sd15-lcm-lora"
+STORED = {"gradient_checkpointing": False}
 CASES: dict[str, Case] = {
     "tiny-lora": Case("sd15", 64, LORA | {"lora_rank": 4}, TINY),
-    "half-sd15-lora": Case("sd15", 256, LORA, HALF),
-    "half-sd15-lora-stored": Case("sd15", 256, LORA | {"gradient_checkpointing": False}, HALF, batch=2),
-    "half-sd15-three-copies": Case("sd15", 256, COPIES, HALF),
-    "half-sd15-low-critic": Case("sd15", 256, LORA | LOW, HALF),
-    "half-sd15-full-critic": Case("sd15", 256, LORA | {"fake_score": "full"}, HALF),
-    "half-sd15-lcm-lora": Case("sd15", 512, LORA, HALF, batch=2, **LCM),
+    PLAIN: Case("sd15", 256, LORA, HALF),
+    "half-sd15-three-copies": Case("sd15", 256, COPIES, HALF, against=PLAIN),
+    "half-sd15-lora-stored": Case("sd15", 256, LORA | STORED, HALF, batch=2),
+    "half-sd15-lora-checkpointed": Case("sd15", 256, LORA, HALF, batch=2, against="half-sd15-lora-stored"),
+    FULL_CRITIC: Case("sd15", 256, LORA | {"fake_score": "full"}, HALF),
+    "half-sd15-low-critic": Case("sd15", 256, LORA | LOW, HALF, against=FULL_CRITIC),
+    "half-sd15-8bit-adam": Case(
+        "sd15", 256, LORA | {"fake_score": "full", "use_8bit_adam": True}, HALF, against=FULL_CRITIC
+    ),
+    LCM_LORA: Case("sd15", 512, LORA, HALF, batch=2, against="half-sd15-lcm-lora-encoders", **LCM),
+    "half-sd15-lcm-lora-encoders": Case("sd15", 512, LORA, HALF, batch=2, encoders=True, **LCM),
     "half-sd15-lcm-full": Case("sd15", 256, COPIES, HALF, **LCM),
-    "int8-half-sd15-lora": Case("sd15", 256, LORA | {"quantize_base": "int8"}, HALF),
-    "nf4-half-sd15-lora": Case("sd15", 256, LORA | {"quantize_base": "nf4"}, HALF),
+    "int8-half-sd15-lora": Case("sd15", 256, LORA | {"quantize_base": "int8"}, HALF, against=PLAIN),
+    "nf4-half-sd15-lora": Case("sd15", 256, LORA | {"quantize_base": "nf4"}, HALF, against=PLAIN),
     "sd15-lora": Case("sd15", 512, LORA),
-    "sd15-low-critic": Case("sd15", 512, LORA | LOW),
+    "sd15-low-critic": Case("sd15", 256, LORA | LOW, steps=1),
     "sdxl-lora-attention": Case("sdxl", 512, LORA | {"lora_target_modules": ATTENTION}, steps=1),
     "sdxl-lora": Case("sdxl", 512, LORA, steps=1),
 }
@@ -93,30 +104,44 @@ def predict(name: str) -> dict[str, Any]:
     """The planner's number for the same steps."""
     import torch
 
-    from fastdiff.planning.walk import BETWEEN, ENCODERS, walk
+    from fastdiff.planning.walk import BETWEEN, ENCODE, ENCODERS, walk
 
     case = CASES[name]
     method, settings = _method_and_settings(case, ".")
-    phases = walk(method, case.blueprint(), settings, frozen_dtype=torch.bfloat16).phases
-    splits = [split for phase, split in phases.items() if phase not in BETWEEN]
-    best = max(splits, key=lambda split: split.total() - split[ENCODERS])
-    split = {kind: size for kind, size in best.items() if kind != ENCODERS}
+    blueprint = case.blueprint()
+    phases = walk(method, blueprint, settings, frozen_dtype=torch.bfloat16, cached=not case.encoders).phases
+    left_out = () if case.encoders else (ENCODERS,)
+    splits = [
+        {kind: size for kind, size in split.items() if kind not in left_out}
+        for phase, split in phases.items()
+        if phase not in BETWEEN or (case.encoders and phase == ENCODE)
+    ]
+    split = max(splits, key=lambda one: sum(one.values()))
     return {"predicted": sum(split.values()), "split": split}
+
+
+def compared(row: Mapping[str, Any], rows: Mapping[str, Any]) -> dict[str, Any]:
+    """The row with its peak as a share of that of the case it is against, where that was measured."""
+    other = CASES[row["name"]].against
+    if other not in rows:
+        return dict(row)
+    return {**row, "against": other, "peak_share": row["peak"] / rows[other]["peak"]}
 
 
 def run_here(name: str) -> dict[str, Any]:
     """The steps, in this process: resident bytes after imports and at the peak, and seconds a step.
 
-    A tiny step is taken first, since libraries load much of their code when it is first used.
+    A tiny step of the same kind is taken first, since libraries load much of their code when it is first used.
     """
     import gc
 
     import torch
 
-    _steps(CASES["tiny-lora"])
+    case, tiny = CASES[name], CASES["tiny-lora"]
+    storage = {"quantize_base": case.settings.get("quantize_base", "none")}
+    _steps(dataclasses.replace(tiny, settings={**tiny.settings, **storage}))
     gc.collect()
     before = resident("VmRSS")
-    case = CASES[name]
     found = _steps(case)
     return {
         "name": name,
@@ -139,23 +164,36 @@ def _steps(case: Case) -> dict[str, Any]:
     from fastdiff.engine import Trainer
     from fastdiff.engine.memory import state_memory
     from fastdiff.planning.teacher import PlannedTeacher
-    from fastdiff.planning.walk import PlannedProcess, batch_of
+    from fastdiff.planning.walk import PlannedProcess, batch_of, images_of
 
     with tempfile.TemporaryDirectory() as folder:
         method, settings = _method_and_settings(case, folder)
         blueprint = case.blueprint()
         schedule = schedule_from_config(dict(blueprint.scheduler))
-        teacher = PlannedTeacher(blueprint, schedule, torch.bfloat16, autoencoder=False)
+        teacher = PlannedTeacher(blueprint, schedule, torch.bfloat16, autoencoder=case.encoders)
         teacher.fill()
+        texts = teacher.text_encoders() if case.encoders else []
         weights = sum(parameter.numel() for parameter in teacher.network.parameters())  # before any is quantised
         trainer = Trainer(method, teacher, PromptData(["a prompt"]), settings, accelerator=PlannedProcess())
         began = time.perf_counter()
         for _ in range(case.steps):
+            if case.encoders:
+                _encode(teacher, texts, images_of(trainer, case.batch))
             trainer.train_step([batch_of(trainer, method)])
         seconds = (time.perf_counter() - began) / case.steps
         trainer.metrics.read()  # raises if anything was not finite
         frozen = state_memory(trainer.networks, trainer.optimizers).frozen
     return {"network_weights": weights, "frozen_bytes": frozen, "seconds_a_step": seconds}
+
+
+def _encode(teacher: Any, texts: Any, images: Any) -> None:
+    """Prompts of 77 tokens and images pass through the encoders; what comes out is dropped."""
+    import torch
+
+    with torch.no_grad():
+        for encoder in texts:
+            encoder(torch.zeros(len(images), 77, dtype=torch.long))
+        teacher.encode_images(images)
 
 
 def _method_and_settings(case: Case, folder: str) -> tuple[Any, Any]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -12,13 +11,12 @@ import torch
 from fastdiff.engine import Settings
 from fastdiff.methods import method_named
 from fastdiff.planning.blueprint import blueprint_of
-from fastdiff.planning.tracker import ACTIVATIONS
-from fastdiff.planning.walk import GRADIENTS, KINDS, Walk, walk
+from fastdiff.planning.sharing import device_phases
+from fastdiff.planning.walk import Walk, walk
 from fastdiff.recipes.errors import RecipeError
 from fastdiff.recipes.options import TeacherOptions
 from fastdiff.recipes.recipe import Recipe, stage_recipe
 
-EXCHANGE = "gradient exchange"
 CONTEXT = round(0.5 * 2**30)
 """What a CUDA context takes before the first tensor; an ordinary value, not a measured one."""
 MARGIN = 0.05
@@ -31,7 +29,7 @@ class Plan:
 
     Args:
         method, teacher, resolution, batch: what is planned.
-        gpus: how many devices hold the same.
+        gpus: how many devices take part.
         phases: the fullest moment of each phase, bytes by kind.
         walked: what the plan was made from.
     """
@@ -61,8 +59,8 @@ class Plan:
 
     @property
     def needed(self) -> int:
-        """The peak with the context and a margin for what kernels and the allocator take."""
-        return round(self.tensors * (1 + MARGIN)) + CONTEXT
+        """The peak with context and margin."""
+        return with_margin(self.tensors)
 
     def to_dict(self) -> dict[str, Any]:
         """JSON values; all sizes in bytes."""
@@ -80,12 +78,17 @@ class Plan:
         }
 
 
+def with_margin(tensors: int) -> int:
+    """Bytes of tensors with the context and a margin for what kernels and the allocator take."""
+    return round(tensors * (1 + MARGIN)) + CONTEXT
+
+
 def plan_recipe(recipe: Recipe, *, gpus: int = 1, like: str | None = None, cached: bool = False) -> Plan:
     """Predicts one run.
 
     Args:
         recipe: an ordinary recipe (of one with stages: `plan_stages`).
-        gpus: devices; each holds all weights and exchanges gradients.
+        gpus: devices; each holds all weights and exchanges gradients, or with `fsdp` its share of full networks.
         like: which configs the teacher has, where its own are not at hand; see `blueprint_of`.
         cached: images are encoded beforehand (`fastdiff cache`).
 
@@ -110,7 +113,7 @@ def plan_recipe(recipe: Recipe, *, gpus: int = 1, like: str | None = None, cache
         resolution=walked.resolution,
         batch=settings.train_batch_size,
         gpus=gpus,
-        phases=walked.phases if gpus == 1 else walked.phases | _exchange(walked),
+        phases=device_phases(walked, gpus, sharded=settings.fsdp != "none"),
         walked=walked,
     )
 
@@ -126,10 +129,3 @@ def _frozen_dtype(options: TeacherOptions, settings: Settings) -> torch.dtype:
     if options.cast_teacher_unet and settings.mixed_precision == "no":
         raise RecipeError("cast_teacher_unet casts to the type of mixed_precision; give --mixed_precision bf16")
     return torch.bfloat16 if options.cast_teacher_unet else torch.float32
-
-
-def _exchange(walked: Walk) -> dict[str, Counter[str]]:
-    """After backward activations are gone, and the gradients lie in one flat buffer as well."""
-    fullest = max(walked.phases.values(), key=lambda split: split.total() - split[ACTIVATIONS])
-    kept = Counter({kind: fullest[kind] for kind in KINDS if kind not in (ACTIVATIONS, GRADIENTS)})
-    return {EXCHANGE: kept + Counter({GRADIENTS: walked.buffer, EXCHANGE: walked.buffer})}

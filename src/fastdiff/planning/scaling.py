@@ -1,8 +1,8 @@
 """A plan carried to many devices, on paper: memory of each device, and bytes it sends in a step.
 
 Replicated, every device holds all weights and a ring sends each gradient twice: 2 (N - 1) / N of its bytes. Sharded
-(`fully_shard`), a device holds 1/N of weights, gradients and states, gathers the blocks at work, and sends
-(N - 1) / N of a network's bytes for each forward, each backward, and each reduction of gradients.
+(`fully_shard`), a device holds 1/N of full networks and the base with their gradients and states, gathers the blocks at
+work, and sends (N - 1) / N of a network's bytes for each forward, each backward, and each reduction of gradients.
 """
 
 from __future__ import annotations
@@ -10,13 +10,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from fastdiff.planning.plan import Plan
-from fastdiff.planning.walk import AVERAGE, FROZEN, GRADIENTS, OPTIMIZER, TRAINED
+from fastdiff.planning.plan import Plan, with_margin
+from fastdiff.planning.sharing import device_phases
 
 DEVICES = (1, 8, 32, 64, 128, 256)
-_STATE = (FROZEN, TRAINED, GRADIENTS, OPTIMIZER, AVERAGE)
-_GATHERED = 2
-"""Blocks in memory at once: the one at work and the one fetched ahead."""
 
 
 @dataclass(frozen=True)
@@ -32,22 +29,24 @@ class Scale:
 
 
 def scale(plan: Plan, devices: Sequence[int] = DEVICES) -> list[Scale]:
-    """Rows for several numbers of devices, from the plan of one."""
-    exchanged, largest = sum(plan.walked.exchanged.values()), plan.walked.largest_block
-    state = sum(plan.split.get(kind, 0) for kind in _STATE)
-    rest, extra = plan.tensors - state, plan.needed - plan.tensors
-    buffers = state + plan.walked.buffer + extra
+    """Rows for several numbers of devices."""
+    walked = plan.walked
+    exchanged = sum(walked.exchanged.values())
     rows = []
     for count in devices:
         moved = (count - 1) / count
+        replicated, sharded = (
+            with_margin(max(split.total() for split in device_phases(walked, count, cut).values()))
+            for cut in (False, True)
+        )
         rows.append(
             Scale(
                 devices=count,
                 batch=count * plan.batch,
-                replicated=plan.needed if count == 1 else max(plan.needed, buffers),
+                replicated=replicated,
                 replicated_sent=round(2 * moved * exchanged),
-                sharded=round(state / count + rest + extra) + (_GATHERED * largest if count > 1 else 0),
-                sharded_sent=round(moved * (plan.walked.gathered + exchanged)),
+                sharded=sharded,
+                sharded_sent=round(moved * (walked.gathered + exchanged)),
             )
         )
     return rows

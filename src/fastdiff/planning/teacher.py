@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -44,9 +45,10 @@ class PlannedTeacher:
 
     @torch.no_grad()
     def fill(self, seed: int = 0) -> None:
-        """Random weights that keep activations of order one, written in place."""
+        """Random weights that keep activations of order one, written in place, wherever there is memory."""
         generator = torch.Generator().manual_seed(seed)
-        for parameter in self.network.parameters():
+        parts = [self.network] if next(self.autoencoder.parameters()).is_meta else [self.network, self.autoencoder]
+        for parameter in itertools.chain.from_iterable(part.parameters() for part in parts):
             if parameter.dim() > 1:
                 parameter.normal_(0, parameter[0].numel() ** -0.5, generator=generator)
             else:
@@ -86,7 +88,15 @@ class PlannedTeacher:
     @property
     def text_encoder_bytes(self) -> int:
         """Float32 weights of all text encoders."""
-        return sum(_text_encoder_bytes(config) for config in self.blueprint.text_encoders)
+        with torch.device("meta"):
+            return sum(p.numel() * 4 for encoder in self.text_encoders() for p in encoder.parameters())
+
+    def text_encoders(self) -> list[nn.Module]:
+        """The text encoders on the current device, float32, at random as transformers starts them."""
+        import transformers
+
+        classes = [getattr(transformers, config["architectures"][0]) for config in self.blueprint.text_encoders]
+        return [cls(cls.config_class(**config)).eval() for cls, config in zip(classes, self.blueprint.text_encoders)]
 
 
 def _shapes(config: Mapping[str, Any]) -> nn.Module:
@@ -101,12 +111,3 @@ def _shapes(config: Mapping[str, Any]) -> nn.Module:
 def _with_memory(network: nn.Module) -> nn.Module:
     """The same with memory behind every weight; nothing is written there yet."""
     return network.to_empty(device="cpu")
-
-
-def _text_encoder_bytes(config: Mapping[str, Any]) -> int:
-    import transformers
-
-    cls = getattr(transformers, config["architectures"][0])
-    with torch.device("meta"):
-        encoder = cls(cls.config_class(**config))
-    return sum(parameter.numel() * 4 for parameter in encoder.parameters())

@@ -22,6 +22,7 @@ from fastdiff.diffusion.schedules import schedule_from_config
 from fastdiff.engine import Settings, Trainer
 from fastdiff.methods import Batch, Method, Update
 from fastdiff.models import roles
+from fastdiff.models.quantizing import linears_in_blocks
 from fastdiff.models.roles import TEACHER
 from fastdiff.planning.blueprint import Blueprint
 from fastdiff.planning.teacher import PlannedTeacher
@@ -60,18 +61,24 @@ class Walk:
         phases: the fullest moment of each phase, bytes by kind (`KINDS`).
         exchanged: bytes of the gradients of each update, which several devices average.
         buffer: bytes of the largest flat buffer in which they do.
+        whole_buffer: the same where full networks are cut over devices, and adapters and heads alone are averaged.
+        cut: bytes by kind that are cut then: full networks, the base, and what belongs to them.
         gathered: bytes of network weights that pass by in a step: a network's own for each forward and each backward.
         largest_block: bytes of the largest block of a network.
         sizes: weights of each trained group.
+        block_weights: weights of the base that `quantize_base` stores in fewer bits.
         resolution: pixels of the images.
     """
 
     phases: dict[str, Counter[str]]
     exchanged: dict[str, int]
     buffer: int
+    whole_buffer: int
+    cut: Counter[str]
     gathered: int
     largest_block: int
     sizes: dict[str, int]
+    block_weights: int
     resolution: int
 
 
@@ -103,6 +110,9 @@ def walk(
         settings = dataclasses.replace(settings, **changes)
         with MemoryTracker() as tracker:
             teacher = PlannedTeacher(blueprint, schedule, frozen_dtype)
+            block_weights = sum(
+                getattr(owner, name).weight.numel() for owner, name in linears_in_blocks(teacher.network)
+            )
             trainer = Trainer(method, teacher, PromptData(["a prompt"]), settings, accelerator=PlannedProcess())
             _mark_weights(tracker, trainer, teacher)
             moved: list[int] = []
@@ -123,12 +133,50 @@ def walk(
             gradients = {name: _size(one.parameters) for name, one in trainer.optimizers.items()}
             exchanged = {update.name: sum(gradients[group] for group in update.trains) for update in updates}
             kept = [name for name, one in trainer.optimizers.items() if not one.in_backward]
-            buffer = max(sum(gradients[group] for group in update.trains if group in kept) for update in updates)
+            full = _full_roles(trainer)
+            buffers = [
+                max(sum(gradients[group] for group in update.trains if group in some) for update in updates)
+                for some in (kept, [name for name in kept if name not in full])
+            ]
+            cut = _cut(trainer, full)
             sizes = {name: sum(p.numel() for p in one.parameters) for name, one in trainer.optimizers.items()}
-            largest = max(_size(block.parameters()) for block in _blocks(teacher.network))
+            largest = max(_size(_without_adapters(block, trainer)) for block in _blocks(teacher.network))
     for phase, peak in tracker.peaks.items():
         peak[ENCODERS] = _encoders_in(phase, peak[ENCODERS], encoders, offloaded)
-    return Walk(tracker.peaks, exchanged, buffer, max(moved), largest, sizes, trainer.batches.resolution)
+    return Walk(
+        phases=tracker.peaks,
+        exchanged=exchanged,
+        buffer=buffers[0],
+        whole_buffer=buffers[1],
+        cut=cut,
+        gathered=max(moved),
+        largest_block=largest,
+        sizes=sizes,
+        block_weights=block_weights,
+        resolution=trainer.batches.resolution,
+    )
+
+
+def _full_roles(trainer: Trainer) -> list[str]:
+    """Roles that are networks of their own."""
+    own = trainer.networks.roles
+    return [role for role in own if not own.is_adapter(role)]
+
+
+def _cut(trainer: Trainer, full: list[str]) -> Counter[str]:
+    """Bytes by kind of what belongs to full networks and to the base, which devices may share."""
+    networks = trainer.networks
+    cut = Counter({FROZEN: _size(_without_adapters(networks.roles.base, trainer))})
+    for role in full:
+        size = _size(networks.parameters(role))
+        if role in trainer.optimizers:
+            states = trainer.optimizers[role].state_tensors().values()
+            cut += Counter({TRAINED: size, GRADIENTS: size, OPTIMIZER: _size(states)})
+        else:
+            cut[FROZEN] += size
+    if trainer.student.ema is not None and "student" in full:
+        cut[AVERAGE] = _size(trainer.student.ema.shadow_params)
+    return cut
 
 
 def _count_gathered(trainer: Trainer) -> Counter[str]:
@@ -136,13 +184,20 @@ def _count_gathered(trainer: Trainer) -> Counter[str]:
     gathered: Counter[str] = Counter()
     own = trainer.networks.roles
     for network in {id(network): network for network in map(own.network, own)}.values():
-        size = _size(network.parameters())
+        size = _size(_without_adapters(network, trainer))
 
         def before(_module: nn.Module, _args: Any, size: int = size) -> None:
             gathered["networks"] += size * (1 + torch.is_grad_enabled())
 
         network.register_forward_pre_hook(before)
     return gathered
+
+
+def _without_adapters(network: nn.Module, trainer: Trainer) -> Iterator[nn.Parameter]:
+    """The weights of a network that devices can share; adapters stay whole on each."""
+    roles = trainer.networks.roles
+    adapters = {weight for role in roles if roles.is_adapter(role) for weight in roles.parameters(role)}
+    return (weight for weight in network.parameters() if weight not in adapters)
 
 
 def _blocks(network: nn.Module) -> Iterator[nn.Module]:
@@ -175,7 +230,7 @@ def _between_steps(tracker: MemoryTracker, trainer: Trainer, images: bool) -> No
     trainer.teacher.decode(torch.zeros(1, *shape))
     if images:
         tracker.start(ENCODE)
-        trainer.teacher.encode_images(_images(trainer, settings.train_batch_size))
+        trainer.teacher.encodeimages_of(images_of(trainer, settings.train_batch_size))
 
 
 def _elsewhere(network: nn.Module) -> contextlib.AbstractContextManager:
@@ -216,9 +271,8 @@ def _mark_weights(tracker: MemoryTracker, trainer: Trainer, teacher: PlannedTeac
     tracker.mark(ENCODERS, teacher.autoencoder.parameters())
     if trainer.student.ema is not None:
         tracker.mark(AVERAGE, trainer.student.ema.shadow_params)
-    for role in trainer.networks.roles:
-        if not trainer.networks.roles.is_adapter(role):
-            tracker.mark(FROZEN, trainer.networks.roles.network(role).parameters())
+    for role in _full_roles(trainer):
+        tracker.mark(FROZEN, trainer.networks.roles.network(role).parameters())
     for optimizer in trainer.optimizers.values():
         tracker.mark(TRAINED, optimizer.parameters)
         tracker.mark_gradients(GRADIENTS, optimizer.parameters)
@@ -277,6 +331,7 @@ def batch_of(trainer: Trainer, method: Method) -> Batch:
     )
 
 
-def _images(trainer: Trainer, count: int) -> Tensor:
+def images_of(trainer: Trainer, count: int) -> Tensor:
+    """Images `(count, 3, H, W)` of the run's size."""
     side = trainer.batches.resolution
     return torch.zeros(count, 3, side, side)
