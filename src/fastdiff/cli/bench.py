@@ -81,9 +81,7 @@ def _step(flags: Any) -> int:
     for name in flags.method:
         row = measure(name, flags.size, batch=flags.batch, pairs=flags.pairs, settings=settings)
         calls = "; ".join(
-            f"{'+'.join(turn['trains'])}: "
-            + ", ".join(_call(call) for call in turn["calls"])
-            for turn in row["calls"]
+            f"{'+'.join(turn['trains'])}: " + ", ".join(_call(call) for call in turn["calls"]) for turn in row["calls"]
         )
         times = f"{row['step_seconds']:10.3f}{row['bare_seconds']:10.3f}{row['ratio']:8.3f}{row['cpu_ratio']:8.3f}"
         print(f"{name:22}{row['weights']:12,}{times}  {calls}", flush=True)
