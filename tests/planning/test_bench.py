@@ -4,12 +4,14 @@ import json
 
 import pytest
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
 from fastdiff.cli import main
+from fastdiff.methods import METHODS
 from fastdiff.planning.bare import Bare, record
 from fastdiff.planning.measure_inference import record as inference_record
 from fastdiff.planning.measure_memory import CASES, SUITE
-from fastdiff.planning.measure_step import _trainer, measure
+from fastdiff.planning.measure_step import _steps, _trainer, measure
 from fastdiff.planning.walk import batch_of
 
 
@@ -23,7 +25,7 @@ def test_bare_networks_compute_what_the_step_computes(tmp_path):
                 parameter.normal_(0, 0.1)
     before = {name: trainer.networks.roles.state_dict(name) for name in ("student", "fake_score")}
     before = {name: {k: v.clone() for k, v in group.items()} for name, group in before.items()}
-    turns = record(trainer, work)
+    turns = record(trainer, lambda: trainer.train_step([work]))
     assert [(turn.trains, [(len(c.x), c.with_graph) for c in turn.calls]) for turn in turns] == [
         (("student",), [(2, True), (6, False)]),
         (("fake_score",), [(2, True)]),
@@ -45,10 +47,43 @@ def test_bare_networks_compute_what_the_step_computes(tmp_path):
     assert sum(not torch.equal(a, b) for a, b in zip(weights, moved)) > 0.95 * len(moved) > 0
 
 
+def products(work) -> int:
+    """Operations in matrix products, convolutions and attention, forward, backward and in forward mode."""
+    with FlopCounterMode(display=False) as counter:
+        work()
+    return counter.get_total_flops()
+
+
+FAST = ("dmd2", "scm")
+SLOW = [pytest.param(one.info.name, marks=pytest.mark.slow) for one in METHODS if one.info.name not in FAST]
+
+
+@pytest.mark.parametrize("name", [*FAST, *SLOW])
+def test_bare_passes_are_those_of_the_step_and_no_more(name, tmp_path):
+    trainer = _trainer(name, "tiny", 4, str(tmp_path), {})
+    work, steps = batch_of(trainer, trainer.method), _steps(trainer.method)
+
+    def step():
+        for trainer.step in steps:
+            trainer.train_step([work])
+
+    bare = Bare(trainer, record(trainer, step))
+    theirs, ours = products(bare.step), products(step)
+    assert 0 < theirs <= ours <= 1.05 * theirs  # the rest is discriminators' heads
+
+
+def test_a_measured_step_takes_turns_of_every_kind(tmp_path):
+    trainer = _trainer("f_distill", "tiny", 2, str(tmp_path), {})  # steps the student or its critics
+    assert _steps(trainer.method) == [1, 2]
+    trains = [update.trains for step in (1, 2) for update in trainer.method.updates(step)]
+    assert trains == [("fake_score", "discriminator"), ("student",)]
+
+
 @pytest.mark.parametrize("method", ["dmd2", "lcm"])
 def test_step_times_come_in_pairs(method):
     row = measure(method, "tiny", batch=1, pairs=2)
     assert row["step_seconds"] > 0 and row["bare_seconds"] > 0 and row["ratio"] > 0.5
+    assert row["cpu_ratio"] > 0.5
 
 
 @pytest.mark.slow

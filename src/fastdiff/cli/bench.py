@@ -12,8 +12,10 @@ from fastdiff.recipes.errors import RecipeError
 
 HELP = "measure memory and time of training steps on random weights, and the latency of pipelines"
 USAGE = """fastdiff bench memory [--case NAME ...] [--output FILE]
-       fastdiff bench step [--method NAME ...] [--size middle|tiny] [--batch N] [--pairs N] [--output FILE]
-       fastdiff bench methods [--method NAME ...] [--size middle|tiny] [--batch N] [--pairs N] [--output FILE]
+       fastdiff bench step [--method NAME ...] [--size middle|tiny] [--batch N] [--resolution N] [--pairs N]
+                            [--output FILE]
+       fastdiff bench methods [--method NAME ...] [--size middle|tiny] [--batch N] [--resolution N] [--pairs N]
+                            [--output FILE]
        fastdiff bench inference [teacher|STUDENT ...] [--teacher NAME] [--batch N] [--pairs N] [--output FILE]"""
 KINDS = {
     "memory": lambda flags: _memory(flags),
@@ -39,6 +41,9 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--method", nargs="+", help="step, methods: which [dmd2 lcm, and all]")
     parser.add_argument("--size", default="middle", help="step, methods: middle (about 50 M weights) or tiny [middle]")
     parser.add_argument("--batch", type=int, help="samples [step and methods 2, inference 1]")
+    parser.add_argument(
+        "--resolution", type=int, help="step, methods: pixels [those of the size: middle 256, tiny 64]"
+    )
     parser.add_argument("--pairs", type=int, default=20, help="interleaved pairs behind the median [20]")
     parser.add_argument("--gradient_checkpointing", action="store_true", help="step: recompute activations")
     parser.add_argument("--torch_compile", action="store_true", help="step: compiled, beside passes that are not")
@@ -81,7 +86,7 @@ def _methods(flags: Any) -> int:
     print(f"{'method':24}{'student':>8}{'critics':>8}{'peak':>12}{'step s':>10}{'bare s':>10}{'ratio':>8}")
     for name in flags.method or [method.info.name for method in METHODS]:
         for kinds in combinations(method_named(name)):
-            row = measure(name, kinds, flags.size, flags.batch, flags.pairs)
+            row = measure(name, kinds, flags.size, flags.batch, flags.pairs, flags.resolution)
             peak = f"{row['peak'] / 2**20:8.0f} MiB"
             times = f"{row['step_seconds']:10.3f}{row['bare_seconds']:10.3f}{row['ratio']:8.3f}"
             print(f"{name:24}{kinds[0]:>8}{kinds[1] or '':>8}{peak}{times}", flush=True)
@@ -101,16 +106,23 @@ def _step(flags: Any) -> int:
 
     _check_size(flags.size)
     names = {"gradient_checkpointing": "checkpointed", "torch_compile": "compiled"}
-    settings = {name: True for name in names if getattr(flags, name)}
-    print(f"{'method':20}{'weights':>12}{'step s':>10}{'bare s':>10}{'ratio':>8}  calls")
+    settings: dict[str, Any] = {name: True for name in names if getattr(flags, name)}
+    row_name = [flags.size, *(names[one] for one in settings)]
+    if flags.resolution:
+        settings["resolution"] = flags.resolution
+        row_name.append(f"{flags.resolution}px")
+    print(f"{'method':22}{'weights':>12}{'step s':>10}{'bare s':>10}{'ratio':>8}{'of cpu':>8}  calls")
     for name in flags.method or ["dmd2", "lcm"]:
         row = measure(name, flags.size, batch=flags.batch, pairs=flags.pairs, settings=settings)
         calls = "; ".join(
-            f"{'+'.join(turn['trains'])}: "
-            + ", ".join(f"{call['rows']} rows{' with graph' if call['graph'] else ''}" for call in turn["calls"])
-            for turn in row["calls"]
+            f"{'+'.join(turn['trains'])}: " + ", ".join(_call(call) for call in turn["calls"]) for turn in row["calls"]
         )
-        times = f"{row['step_seconds']:10.3f}{row['bare_seconds']:10.3f}{row['ratio']:8.3f}"
-        print(f"{name:20}{row['weights']:12,}{times}  {calls}", flush=True)
-        keep(flags.output, "-".join([name, flags.size, *(names[one] for one in settings)]), row)
+        times = f"{row['step_seconds']:10.3f}{row['bare_seconds']:10.3f}{row['ratio']:8.3f}{row['cpu_ratio']:8.3f}"
+        print(f"{name:22}{row['weights']:12,}{times}  {calls}", flush=True)
+        keep(flags.output, "-".join([name, *row_name]), row)
     return 0
+
+
+def _call(call: dict[str, Any]) -> str:
+    words = {"graph": " with graph", "derivative": " with derivative"}
+    return f"{call['rows']} rows" + "".join(word for key, word in words.items() if call[key])

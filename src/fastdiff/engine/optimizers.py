@@ -68,8 +68,12 @@ class GroupOptimizer:
             return norm
         gradients = [parameter.grad for parameter in self.parameters if parameter.grad is not None]
         norm = self.whole_norm(torch.nn.utils.get_total_norm(gradients))
-        torch.nn.utils.clip_grads_with_norm_(self.parameters, self.max_grad_norm, norm)
         self.optimizer.found_inf = (~norm.isfinite()).float()
+        if isinstance(self.optimizer, torch.optim.AdamW):
+            # Clipped where the fused kernel reads the gradients anyway, by what `clip_grads_with_norm_` divides by.
+            self.optimizer.grad_scale = ((norm.float() + 1e-6) / self.max_grad_norm).clamp_min(1)
+        else:
+            torch.nn.utils.clip_grads_with_norm_(self.parameters, self.max_grad_norm, norm)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         return norm

@@ -275,20 +275,27 @@ def _adapter_forward(layer: nn.Module, active: ActiveParts, x: Tensor, *args: An
         if part.adapter not in layer.lora_A:
             continue
         scale = layer.scaling[part.adapter] * part.scale
+        # In place: neither product nor sum gets a copy of its own, and no layer's backward wants its own output.
         if part.rows is None:
-            result = result + low_rank(layer, part.adapter, x) * scale
+            result += low_rank(layer, part.adapter, x, scale)
         else:
-            result[part.rows] += low_rank(layer, part.adapter, x[part.rows]) * scale
+            result[part.rows] += low_rank(layer, part.adapter, x[part.rows], scale)
     return result
 
 
-def low_rank(layer: nn.Module, adapter: str, x: Tensor) -> Tensor:
-    """B(A(x)) in the dtype of `x`; the float32 weights are cast, so gradients reach them in float32."""
+def low_rank(layer: nn.Module, adapter: str, x: Tensor, scale: float) -> Tensor:
+    """scale B(A(x)) in the dtype of `x`; the float32 weights are cast, so gradients reach them in float32."""
     down, up = layer.lora_A[adapter], layer.lora_B[adapter]
+    down_weight, up_weight = down.weight.to(x.dtype), up.weight.to(x.dtype)
     if isinstance(down, nn.Conv2d):
-        hidden = F.conv2d(x, down.weight.to(x.dtype), None, down.stride, down.padding, down.dilation, down.groups)
-        return F.conv2d(hidden, up.weight.to(x.dtype))
-    return F.linear(F.linear(x, down.weight.to(x.dtype)), up.weight.to(x.dtype))
+        hidden = F.conv2d(x, down_weight, None, down.stride, down.padding, down.dilation, down.groups)
+        return F.conv2d(_scaled(hidden, scale), up_weight)
+    return F.linear(_scaled(F.linear(x, down_weight), scale), up_weight)
+
+
+def _scaled(hidden: Tensor, scale: float) -> Tensor:
+    """The scale goes where a layer is narrowest; alpha = rank needs none."""
+    return hidden if scale == 1 else hidden * scale
 
 
 def row_blocks(sizes: Sequence[int]) -> list[slice]:

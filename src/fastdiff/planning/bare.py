@@ -1,7 +1,8 @@
 """The network passes of a training step and nothing else: recorded once, then replayed on plain diffusers networks.
 
-A replayed pass calls diffusers' network with the same rows, low-rank products, type and checkpointing; graphs get one
-backward into the same weights and inputs, and a fused AdamW steps. No object of the loop takes part.
+A replayed pass calls diffusers' network with the same rows, low-rank products, type and checkpointing, and in forward
+mode where the step asked for a derivative; graphs get one backward into the same weights and inputs, and a fused AdamW
+steps. No object of the loop takes part.
 """
 
 from __future__ import annotations
@@ -15,6 +16,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd import forward_ad
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.checkpoint import checkpoint
 
 from fastdiff.engine import Trainer
@@ -28,7 +31,7 @@ BASE = "base"
 
 @dataclass(frozen=True)
 class Call:
-    """One network call of a step."""
+    """One network call of a step; `tangents` are those of x, the time and the inputs, by name, in forward mode."""
 
     network: str
     parts: tuple[Part, ...]
@@ -39,6 +42,7 @@ class Call:
     with_graph: bool
     input_grad: bool
     stop_at: tuple[str, ...] = ()
+    tangents: Mapping[str, Tensor] = field(default_factory=dict)
 
 
 @dataclass
@@ -67,25 +71,27 @@ class RecordingFamily:
         trained = [*self.turns[-1].trains]
         serves = [part.adapter for part in self.roles.active.parts] + [name]
         with_graph = torch.is_grad_enabled() and (x_t.requires_grad or bool({*trained} & {*serves}))
-        told = {key: value.detach() for key, value in inputs.items()}
+        given = {key: forward_ad.unpack_dual(value) for key, value in {"x": x_t, "time": time, **inputs}.items()}
+        told = {key: value.primal.detach() for key, value in given.items()}
         self.turns[-1].calls.append(
             Call(
                 name,
                 self.roles.active.parts,
-                x_t.detach(),
-                time.detach(),
+                told.pop("x"),
+                told.pop("time"),
                 cond,
                 told,
                 with_graph,
                 x_t.requires_grad and with_graph,
                 self.stop_at,
+                {key: value.tangent.detach() for key, value in given.items() if value.tangent is not None},
             )
         )
         return self.family.call(network, x_t, time, cond, **inputs)
 
 
-def record(trainer: Trainer, batch: Batch) -> list[Turn]:
-    """Runs one step of the trainer and returns its updates with their calls."""
+def record(trainer: Trainer, step: Callable[[], object]) -> list[Turn]:
+    """Runs a step of the trainer, or several, and returns the updates with their calls."""
     turns: list[Turn] = []
     denoiser, method = trainer.networks.denoiser, trainer.method
     family = RecordingFamily(denoiser.family, trainer, turns)
@@ -108,7 +114,7 @@ def record(trainer: Trainer, batch: Batch) -> list[Turn]:
     denoiser.family, denoiser.features = family, stopped
     method.updates = lambda step: (told(update) for update in updates(step))
     try:
-        trainer.train_step([batch])
+        step()
     finally:
         denoiser.family = family.family
         del denoiser.features, method.updates
@@ -131,11 +137,12 @@ class LowRank(nn.Module):
         for part in self.at_work:
             rows = x if part.rows is None else x[part.rows]
             hidden = _applied(self.down[part.adapter], rows)
-            product = _applied(self.up[part.adapter], hidden) * (self.scales[part.adapter] * part.scale)
+            if (scale := self.scales[part.adapter] * part.scale) != 1:
+                hidden = hidden * scale
             if part.rows is None:
-                result = result + product
+                result += _applied(self.up[part.adapter], hidden)
             else:
-                result[part.rows] += product
+                result[part.rows] += _applied(self.up[part.adapter], hidden)
         return result
 
 
@@ -150,7 +157,6 @@ class Bare:
     def __init__(self, trainer: Trainer, turns: list[Turn]) -> None:
         roles = trainer.networks.roles
         self.family, self.turns = trainer.networks.denoiser.family, turns
-        self.dtype = trainer.networks.denoiser.compute_dtype
         self.at_work: list[Part] = []
         full = [role for role in roles if not roles.is_adapter(role)]
         self.networks = {BASE: roles.base} | {role: roles.network(role) for role in full}
@@ -189,14 +195,21 @@ class Bare:
         network, found = self.networks[call.network], {}
         self.at_work[:] = call.parts
         weight = next(network.parameters())
-        mixed = weight.dtype not in (self.dtype, torch.float64)
-        precision = torch.autocast(weight.device.type, self.dtype) if mixed else contextlib.nullcontext()
+        mixed = weight.dtype not in (x.dtype, torch.float64)
+        precision = torch.autocast(weight.device.type, x.dtype) if mixed else contextlib.nullcontext()
 
         def read(output: Any) -> Tensor:
             return self.family.feature(network, output, x)
 
-        with torch.set_grad_enabled(call.with_graph), precision, _stopped(network, call.stop_at, read, found):
-            found = {"": self.family.call(network, x, call.time, call.cond, **call.inputs)}
+        with (
+            torch.set_grad_enabled(call.with_graph),
+            precision,
+            _stopped(network, call.stop_at, read, found),
+            _forward_mode() if call.tangents else contextlib.nullcontext(),
+        ):
+            given = {"x": x, "time": call.time, **call.inputs}
+            given |= {key: forward_ad.make_dual(given[key], tangent) for key, tangent in call.tangents.items()}
+            found = {"": self.family.call(network, given.pop("x"), given.pop("time"), call.cond, **given)}
         return list(found.values()) if call.with_graph else []
 
     def _parameters(self, group: str, full: list[str]) -> list[nn.Parameter]:
@@ -218,6 +231,13 @@ class Bare:
             return contextlib.nullcontext(), again()
 
         return checkpoint(module.__call__, *args, use_reentrant=False, context_fn=contexts)
+
+
+@contextlib.contextmanager
+def _forward_mode() -> Iterator[None]:
+    """Inside, attention is its plain formula: fused kernels have no forward derivative."""
+    with forward_ad.dual_level(), sdpa_kernel(SDPBackend.MATH):
+        yield
 
 
 class _Stop(Exception):

@@ -15,7 +15,7 @@ from unittest import mock
 import torch
 from torch import nn
 
-from fastdiff.planning.timing import interleaved, seconds
+from fastdiff.planning.timing import interleaved, spent
 
 PARTS = ("text encoder", "network", "decoder")
 PROMPT = "a red apple"
@@ -49,9 +49,9 @@ def measure(pipeline: Any, call: Mapping[str, Any], *, batch: int = 1, pairs: in
         "calls": {name: len(calls[name]) for name in PARTS},
         "weights": sum(parameter.numel() for parameter in network_of(pipeline).parameters()),
         "decoder": type(pipeline.vae).__name__,
-        "seconds": statistics.median(ours for ours, _ in times),
-        "bare_seconds": statistics.median(theirs for _, theirs in times),
-        "ratio": statistics.median(ours / theirs for ours, theirs in times),
+        "seconds": statistics.median(ours.wall for ours, _ in times),
+        "bare_seconds": statistics.median(theirs.wall for _, theirs in times),
+        "ratio": statistics.median(ours.wall / theirs.wall for ours, theirs in times),
         "split_seconds": split,
         "device": str(device),
         "threads": torch.get_num_threads(),
@@ -97,4 +97,4 @@ def _noted(
 
 
 def _median(calls: list[Callable[[], object]], count: int, device: torch.device) -> float:
-    return statistics.median(seconds(lambda: [one() for one in calls], device) for _ in range(count))
+    return statistics.median(spent(lambda: [one() for one in calls], device).wall for _ in range(count))

@@ -19,13 +19,17 @@ def combinations(method: type[Method]) -> list[Kinds]:
     return [(student, critic) for student in method.info.student_kinds for critic in critics]
 
 
-def measure(name: str, kinds: Kinds, size: str, batch: int, pairs: int) -> dict[str, Any]:
+def measure(
+    name: str, kinds: Kinds, size: str, batch: int, pairs: int, resolution: int | None = None
+) -> dict[str, Any]:
     """The numbers of `run_here`, from a process of its own.
 
     Raises:
         RuntimeError: if the process failed, with the end of what it said.
     """
-    told = json.dumps({"name": name, "kinds": kinds, "size": size, "batch": batch, "pairs": pairs})
+    told = json.dumps(
+        {"name": name, "kinds": kinds, "size": size, "batch": batch, "pairs": pairs, "resolution": resolution}
+    )
     command = [sys.executable, "-m", "fastdiff.planning.measure_methods", told]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
@@ -33,7 +37,7 @@ def measure(name: str, kinds: Kinds, size: str, batch: int, pairs: int) -> dict[
     return json.loads(done.stdout.splitlines()[-1])
 
 
-def run_here(name: str, kinds: Kinds, size: str, batch: int, pairs: int) -> dict[str, Any]:
+def run_here(name: str, kinds: Kinds, size: str, batch: int, pairs: int, resolution: int | None) -> dict[str, Any]:
     """Peak resident bytes of two steps above those after imports, then seconds of a step and of its bare passes.
 
     Args:
@@ -42,6 +46,7 @@ def run_here(name: str, kinds: Kinds, size: str, batch: int, pairs: int) -> dict
         size: a key of `measure_step.SIZES`.
         batch: samples a step.
         pairs: of (step, bare passes), interleaved.
+        resolution: image side in pixels; the size's own if not given.
     """
     import gc
 
@@ -49,11 +54,13 @@ def run_here(name: str, kinds: Kinds, size: str, batch: int, pairs: int) -> dict
     from fastdiff.planning.measure_step import measure as measure_step
     from fastdiff.planning.measure_step import take_steps
 
-    settings = {key: kind for key, kind in zip(("student", "fake_score"), kinds, strict=True) if kind}
-    take_steps(name, "tiny", 1, settings, steps=1)  # libraries load much of their code when it is first used
+    settings: dict[str, Any] = {key: kind for key, kind in zip(("student", "fake_score"), kinds, strict=True) if kind}
+    take_steps(name, "tiny", 1, settings, times=1)  # libraries load much of their code when it is first used
     gc.collect()
     before = resident("VmRSS")
-    take_steps(name, size, batch, settings, steps=2)  # the first makes the optimizers' states
+    if resolution:
+        settings["resolution"] = resolution
+    take_steps(name, size, batch, settings, times=2)  # the first makes the optimizers' states
     peak = resident("VmHWM") - before
     row = measure_step(name, size, batch=batch, pairs=pairs, settings=settings)
     return row | {"student": kinds[0], "fake_score": kinds[1], "peak": peak}

@@ -13,7 +13,7 @@ import torch
 from fastdiff.data import PromptData
 from fastdiff.diffusion.schedules import schedule_from_config
 from fastdiff.engine import Settings, Trainer
-from fastdiff.methods import method_named
+from fastdiff.methods import Method, method_named
 from fastdiff.planning.bare import Bare, Turn, record
 from fastdiff.planning.blueprint import Blueprint, blueprint_of
 from fastdiff.planning.teacher import PlannedTeacher
@@ -26,9 +26,16 @@ MIDDLE = {"block_out_channels": [128, 256, 512], "attention_head_dim": 8, "layer
 }
 TINY = MIDDLE | {"block_out_channels": [32, 32, 64], "norm_num_groups": 8, "sample_size": 8}
 SIZES: dict[str, dict[str, Any]] = {"middle": MIDDLE, "tiny": TINY}
-BOTH_TURNS = {"student_update_every": 1}
-_STEP = 1
-"""Every measured step is this one, so that all make the same draws and calls; step 0 also weighs terms."""
+NETWORKS_ONLY: dict[str, dict[str, Any]] = {
+    "dmd": {"regression_loss": "latent_l2"},
+    "flash_dmd": {"gan_weight": 0.0},
+    "rfpp": {"perceptual_weight": 0.0},
+    "msd": {"students": 1},
+}
+"""Where a method's defaults decode samples to look at pixels, its latent form is measured; msd is measured as one
+student, since what is routed is chosen with the data."""
+_HORIZON = 64
+"""Steps that are searched for turns of every kind."""
 
 
 def measure(
@@ -39,50 +46,54 @@ def measure(
     pairs: int = 20,
     settings: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
-    """Median over interleaved pairs of (step, its bare passes), both in seconds, and their ratio.
+    """Medians over interleaved pairs of (step, its bare passes): both in seconds, their ratio, that of processor time.
+
+    Where a method's turns fall into several steps, one of each kind are taken as one.
 
     Args:
-        name: of the method, with its defaults; two-time-scale methods take both turns.
+        name: of the method, with its defaults (but see `NETWORKS_ONLY`).
         size: a key of `SIZES`.
         batch: samples a step.
         pairs: how many.
-        settings: of the run, besides LoRA of rank 16.
+        settings: of the run, besides LoRA of rank 16 (a full student where the method or its defaults want one).
     """
     with tempfile.TemporaryDirectory() as folder:
         trainer = _trainer(name, size, batch, folder, settings or {})
         work = batch_of(trainer, trainer.method)
-        trainer.step = _STEP
-        turns = record(trainer, work)
-        bare = Bare(trainer, turns)
+        steps = _steps(trainer.method)
 
         def step() -> None:
-            trainer.step = _STEP
-            trainer.train_step([work])
+            for trainer.step in steps:  # the same numbers each time, so that all make the same draws and calls
+                trainer.train_step([work])
 
+        turns = record(trainer, step)
+        bare = Bare(trainer, turns)
         times = list(interleaved(step, bare.step, pairs, trainer.device))
     return {
         "method": name,
+        "config": _config(name),
         "size": size,
+        "latent": list(work.latent_shape),
         "batch": batch,
         "pairs": pairs,
         "weights": sum(parameter.numel() for parameter in bare.networks["base"].parameters()),
         "settings": dict(settings or {}),
         "calls": [_described(turn) for turn in turns],
-        "step_seconds": statistics.median(ours for ours, _ in times),
-        "bare_seconds": statistics.median(theirs for _, theirs in times),
-        "ratio": statistics.median(ours / theirs for ours, theirs in times),
+        "step_seconds": statistics.median(ours.wall for ours, _ in times),
+        "bare_seconds": statistics.median(theirs.wall for _, theirs in times),
+        "ratio": statistics.median(ours.wall / theirs.wall for ours, theirs in times),
+        "cpu_ratio": statistics.median(ours.cpu / theirs.cpu for ours, theirs in times),
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
     }
 
 
-def take_steps(name: str, size: str, batch: int, settings: Mapping[str, Any], steps: int) -> None:
-    """A method's steps; everything they made is dropped with the return."""
+def take_steps(name: str, size: str, batch: int, settings: Mapping[str, Any], times: int) -> None:
+    """Steps of every kind of turn, so often; everything they made is dropped with the return."""
     with tempfile.TemporaryDirectory() as folder:
         trainer = _trainer(name, size, batch, folder, settings)
         work = batch_of(trainer, trainer.method)
-        for _ in range(steps):
-            trainer.step = _STEP
+        for trainer.step in _steps(trainer.method) * times:
             trainer.train_step([work])
 
 
@@ -94,23 +105,44 @@ def middle_blueprint(size: str) -> Blueprint:
 
 def _trainer(name: str, size: str, batch: int, folder: str, changes: Mapping[str, Any]) -> Trainer:
     method = method_named(name)
-    fields = {field.name for field in dataclasses.fields(method.Config)}
-    config = {key: value for key, value in BOTH_TURNS.items() if key in fields}
+    built = method(method.Config(**_config(name)))
     blueprint = middle_blueprint(size)
     teacher = PlannedTeacher(blueprint, schedule_from_config(dict(blueprint.scheduler)), torch.float32, False)
     teacher.fill()
-    kind = {"student": "lora" if "lora" in method.info.student_kinds else "full"}
+    adapter = "lora" in method.info.student_kinds and built.student_network(teacher.network) is None
     settings = Settings(
         output_dir=folder,
         train_batch_size=batch,
         report_to="none",
         log_every=10**6,
-        **(kind | {"lora_rank": 16} | dict(changes)),
+        **({"student": "lora" if adapter else "full", "lora_rank": 16} | dict(changes)),
     )
-    built = method(method.Config(**config))
     return Trainer(built, teacher, PromptData(["a prompt"]), settings, accelerator=PlannedProcess())
 
 
+def _config(name: str) -> dict[str, Any]:
+    """What differs from the method's defaults: the student steps as often as the rule of its updates allows."""
+    config = method_named(name).Config
+    fields = {field.name: field.default for field in dataclasses.fields(config)}
+    every = 2 if fields.get("update_rule") == "exclusive" else 1
+    return ({"student_update_every": every} if "student_update_every" in fields else {}) | NETWORKS_ONLY.get(name, {})
+
+
+def _steps(method: Method) -> list[int]:
+    """Steps that take turns of every kind; not step 0, which also weighs terms against each other."""
+    seen: set[tuple[str, ...]] = set()
+    chosen = []
+    for step in range(1, _HORIZON):
+        updates = {(update.name, *update.trains) for update in method.updates(step)}
+        if not updates <= seen:
+            seen |= updates
+            chosen.append(step)
+    return chosen
+
+
 def _described(turn: Turn) -> dict[str, Any]:
-    calls = [{"network": call.network, "rows": len(call.x), "graph": call.with_graph} for call in turn.calls]
+    calls = [
+        {"network": call.network, "rows": len(call.x), "graph": call.with_graph, "derivative": bool(call.tangents)}
+        for call in turn.calls
+    ]
     return {"trains": list(turn.trains), "calls": calls}
