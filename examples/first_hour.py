@@ -84,7 +84,7 @@ def bands(log: Path) -> dict[str, tuple[list[float], list[float]]]:
     for name in names:
         values = [line[name] for line in lines if name in line]
         part = max(2, len(values) // 4)
-        if len(values) >= 2:
+        if len(values) >= 2 * part:  # else both quarters would be the same readings
             found[name] = (_quartiles(values[:part]), _quartiles(values[-part:]))
     return found
 
@@ -99,12 +99,12 @@ def claims(plan: Any, peak: int, on_gpu: bool, student: Any, network_bytes: int)
     return [
         Claim(
             "three roles share one frozen base",
-            f"{frozen / GIB:.3f} GiB of frozen weights in the plan, the network alone has {network_bytes / GIB:.3f} GiB",
+            f"{_size(frozen)} of frozen weights in the plan, the network alone has {_size(network_bytes)}",
             frozen <= 1.01 * network_bytes,
         ),
         Claim(
             "the run needs no more than the planner says",
-            f"{peak / GIB:.2f} GiB {kind}, {plan.needed / GIB:.2f} GiB planned with margin and context",
+            f"{_size(peak)} {kind}, {_size(plan.needed)} planned with margin and context",
             peak <= plan.needed,
         ),
         Claim(
@@ -175,9 +175,9 @@ def page(recipe: Any, plan: Any, student: Any, found: list[Claim], seen: dict[st
         "",
         f"The fullest moment is in `{plan.fullest}`.",
         "",
-        "| what | GiB |",
+        "| what | size |",
         "|---|---|",
-        *(f"| {name} | {size / GIB:.3f} |" for name, size in plan.split.items() if size),
+        *(f"| {name} | {_size(size)} |" for name, size in plan.split.items() if size),
         "",
         "## Losses and score gap",
         "",
@@ -232,6 +232,10 @@ def main() -> None:
     seen = bands(arguments.output_dir / "logs" / "metrics.jsonl")
     (folder / "README.md").write_text(page(recipe, plan, student, found, seen, name), encoding="utf-8")
     print(f"report: {folder / 'README.md'}")
+
+
+def _size(count: float) -> str:
+    return f"{count / GIB:.2f} GiB" if count >= GIB else f"{count / 2**20:.1f} MiB"
 
 
 def _quartiles(values: Iterable[float]) -> list[float]:
