@@ -16,6 +16,14 @@ SMALL_RINGS = World("mixture", small_rings, 0, WORLDS["mixture"].samples)
 
 
 @dataclass(frozen=True)
+class Counted:
+    """An arm of `modes_picture.py`: a divergence, and the last index at which scores are compared."""
+
+    divergence: str
+    last: int
+
+
+@dataclass(frozen=True)
 class Claim:
     """One falsifiable direction.
 
@@ -36,7 +44,7 @@ class Claim:
     arxiv: str
     text: str
     figure: str = "sliced_wasserstein"
-    arms: Mapping[str, Sequence[Stage]] = field(default_factory=dict)
+    arms: Mapping[str, Sequence[Stage] | Counted] = field(default_factory=dict)
     margin: float = 0.0
     world: World = WORLDS["mixture"]
     reason: str = ""
@@ -126,16 +134,18 @@ CLAIMS = (
     Claim(
         "js_covers",
         "2502.15681",
-        "f-distill with js keeps the modes' shares better than with rkl",
-        "total_variation",
-        {
-            name: [
-                score_stage(
-                    "f_distill", ONE | {"student_update_every": 2, "update_rule": "every", "divergence": name}, MIXTURE
-                )
-            ]
-            for name in ("js", "rkl")
-        },
+        "js keeps more modes than the reverse KL, where scores are compared at little noise (up to index 200)",
+        "modes_lost",
+        {"js": Counted("js", 200), "rkl": Counted("rkl", 200)},
+        limits="f-distill's loss with exact scores and ratio, a student of six numbers, four modes: docs/images/modes.png",
+    ),
+    Claim(
+        "js_covers_all_noise",
+        "2502.15681",
+        "the same where they are compared at all noise levels, as published",
+        "modes_lost",
+        {"js": Counted("js", 980), "rkl": Counted("rkl", 980)},
+        limits="as above",
     ),
     Claim(
         "disback_faster",

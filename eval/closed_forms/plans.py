@@ -122,22 +122,30 @@ def _progressive(effort: Effort, world: str) -> list[Stage]:
 
 
 def _tscd(effort: Effort, world: str) -> list[Stage]:
-    unguided = {"guidance_scale": 1.0, "score_guidance_scale": 1.0, "discriminator_learning_rate": 1e-4}
+    unguided = SHORT | {"num_ddim_timesteps": 40, "score_guidance_scale": 1.0, "discriminator_learning_rate": 1e-4}
     segments = [
         unguided | {"num_segments": count, "num_inference_steps": count, "adversarial_weight": 0.1}
         for count in (8, 4, 2, 1)
     ]
     last = unguided | {"num_segments": 1, "num_inference_steps": 1, "adversarial_weight": 0.0, "score_weight": 1.0}
-    return [path_stage("tscd", config, effort, 0.25) for config in (*segments, last)]
+    return [
+        *(path_stage("tscd", config, effort, 0.4) for config in segments),
+        score_stage("tscd", last, effort),
+    ]
 
 
 def _lightning(effort: Effort, world: str) -> list[Stage]:
     common = {"num_inference_steps": 4, "teacher_steps": 2}
     squares = {"objective": "mse", "num_inference_steps": 8, "teacher_steps": 4}
+    gentle = {"learning_rate": effort.path_rate / 10}
     return [
-        path_stage("lightning", squares, effort, 0.5),
-        path_stage("lightning", common | {"objective": "conditional", "stage_teacher": "previous"}, effort, 0.5),
-        path_stage("lightning", common | {"objective": "unconditional", "stage_teacher": "kept"}, effort, 0.25),
+        path_stage("lightning", squares, effort),
+        path_stage(
+            "lightning", common | {"objective": "conditional", "stage_teacher": "previous"}, effort, 0.4, **gentle
+        ),
+        path_stage(
+            "lightning", common | {"objective": "unconditional", "stage_teacher": "kept"}, effort, 0.2, **gentle
+        ),
     ]
 
 
@@ -159,8 +167,8 @@ def _slimflow(effort: Effort, world: str) -> list[Stage]:
 
 
 def _scm(effort: Effort, world: str) -> list[Stage]:
-    config = {"guidance_scale": 1.0, "time_mean": 0.0, "tangent_warmup": round(0.3 * effort.path_steps)}
-    return [path_stage("scm", config, effort, learning_rate=effort.path_rate / 3, adam_beta2=0.99)]
+    config = {"guidance_scale": 1.0, "time_mean": 0.0, "tangent_warmup": round(0.4 * effort.path_steps)}
+    return [path_stage("scm", config, effort, 1.5, learning_rate=effort.path_rate / 6, adam_beta2=0.99)]
 
 
 def _tcm(effort: Effort, world: str) -> list[Stage]:

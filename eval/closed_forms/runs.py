@@ -62,7 +62,7 @@ def run(
         goes_on = number and "student_number" not in stage.config
         trainer = _trainer(stage, teacher, world, seed, folder / str(number))
         if watch is not None:
-            trainer.on_preview = lambda run, _label: watch(_sampled(run, teacher, labels), labels)
+            trainer.on_preview = lambda one, _label: watch(_sampled(one, teacher, labels), labels)
         start_from(trainer, str(folder / str(number - 1)) if goes_on else None)
         if (outcome := trainer.train()) != "done":
             raise SystemExit(f"stopped by {outcome}")
