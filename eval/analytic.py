@@ -56,6 +56,26 @@ def key(row: dict[str, Any]) -> tuple[str, str, int]:
     return row["method"], row["teacher"], row["seed"]
 
 
+def table(rows: list[dict[str, Any]]) -> str:
+    """Markdown, one row a method: mean score, the seeds' range, and network calls in each world."""
+    worlds = list(dict.fromkeys(row["teacher"] for row in rows))
+    lines = ["| method | " + " | ".join(worlds) + " |", "|---" * (len(worlds) + 1) + "|"]
+    for method in dict.fromkeys(row["method"] for row in rows):
+        cells = [_cell([row for row in rows if key(row)[:2] == (method, world)]) for world in worlds]
+        lines.append(f"| `{method}` | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def _cell(rows: list[dict[str, Any]]) -> str:
+    if not rows:
+        return "no run yet"
+    if "reason" in rows[0]:
+        return "not possible"
+    scores = [row["score"] for row in rows]
+    spread = f" ({min(scores):.2f}-{max(scores):.2f})" if len(scores) > 1 else ""
+    return f"{sum(scores) / len(scores):.2f}{spread}, {rows[0]['network_calls']} calls"
+
+
 def main() -> None:
     from closed_forms.worlds import WORLDS
 
@@ -69,7 +89,11 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--runs", type=Path, default=ROOT / "runs" / "analytic")
     parser.add_argument("--output", type=Path, default=ROOT / "eval" / "results" / "analytic.json")
+    parser.add_argument("--table", action="store_true", help="print what is done, and train nothing")
     arguments = parser.parse_args()
+    if arguments.table:
+        print(table(read_rows(arguments.output)))
+        return
     for seed in arguments.seeds:
         for world in arguments.worlds:
             for method in arguments.methods:

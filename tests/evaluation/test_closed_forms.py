@@ -98,6 +98,17 @@ def test_a_world_without_what_a_method_needs_gives_a_reason(tmp_path):
     assert row["reason"] and "score" not in row
 
 
+def test_the_table_has_means_ranges_and_holes():
+    rows = [
+        {"method": "a", "teacher": "gaussian", "seed": seed, "score": score, "network_calls": 1}
+        for seed, score in enumerate((0.1, 0.3))
+    ]
+    rows.append({"method": "b", "teacher": "mixture", "seed": 0, "reason": "no captions"})
+    text = analytic.table(rows)
+    assert "| `a` | 0.20 (0.10-0.30), 1 calls | no run yet |" in text
+    assert "| `b` | no run yet | not possible |" in text
+
+
 @pytest.mark.parametrize(
     ("first", "second", "outcome"),
     [
