@@ -12,6 +12,7 @@ from closed_forms.plans import EFFORTS, FOUR, ONE, SHORT, START, Stage, path_sta
 from closed_forms.worlds import WORLDS, World, small_rings
 
 MIXTURE, KERNEL = EFFORTS["mixture"], EFFORTS["kernel"]
+FEW_SAMPLES = replace(WORLDS["mixture"], samples=500)  # where the law is compared often
 SMALL_RINGS = World("mixture", small_rings, 0, WORLDS["mixture"].samples)
 
 
@@ -52,8 +53,9 @@ class Claim:
 
 
 def _watched(stage: Stage, every: int) -> Stage:
-    """Without an average of the weights, which would hide what the weights do."""
-    return replace(stage, settings={**stage.settings, "ema_decay": None, "validation_steps": every})
+    """With neither an average of the weights nor a falling learning rate, which would hide what the weights do."""
+    own = {"ema_decay": None, "lr_scheduler": "constant", "validation_steps": every}
+    return replace(stage, settings={**stage.settings, **own})
 
 
 def _dmd2(**config) -> Stage:
@@ -103,6 +105,7 @@ CLAIMS = (
             "5:1": [_watched(_dmd2(student_update_every=5), 10)],
             "1:1": [_watched(_dmd2(student_update_every=1), 10)],
         },
+        world=FEW_SAMPLES,
         limits="equal steps of the fake score, so that the student of 5:1 makes a fifth of the moves",
     ),
     Claim(
@@ -156,6 +159,7 @@ CLAIMS = (
             "disback": [_watched(stage, 20) for stage in plan("disback", "mixture")],
             "dmd2": [_watched(score_stage("dmd2", ONE | {"student_update_every": 2}, MIXTURE, 7 / 6), 20)],
         },
+        world=FEW_SAMPLES,
         limits="the steps that record the path are counted",
     ),
     Claim(

@@ -115,6 +115,7 @@ def test_the_table_has_means_ranges_and_holes():
         ((1, 1, 1), (2, 2, 2), "held"),
         ((3, 3, 3), (2, 2, 2), "did not hold"),
         ((1, 3, 1), (2, 2, 2), "not shown"),
+        ((2, 2, 2), (2, 2, 2), "not shown"),
         ((1, 1), (2, 2), "not finished"),
     ],
 )
