@@ -93,7 +93,8 @@ def take_steps(name: str, size: str, batch: int, settings: Mapping[str, Any], ti
     with tempfile.TemporaryDirectory() as folder:
         trainer = _trainer(name, size, batch, folder, settings)
         work = batch_of(trainer, trainer.method)
-        for trainer.step in _steps(trainer.method) * times:
+        steps = _steps(trainer.method) * times
+        for trainer.step in steps:
             trainer.train_step([work])
 
 
