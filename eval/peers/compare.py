@@ -143,7 +143,9 @@ def memory(module: Any, sources: Path, work: Work, side: str) -> dict[str, Any]:
     import diffusers
     import transformers
 
-    _ = diffusers.StableDiffusionPipeline, transformers.CLIPTextModel, module
+    _ = diffusers.StableDiffusionPipeline, transformers.CLIPTextModel
+    if side == "theirs":
+        module.load(sources)
     before = _resident("VmRSS")
     one = module.Peer(sources, work) if side == "theirs" else sides(module, work)[side]()
     for _ in range(2):

@@ -30,7 +30,7 @@ class Peer:
     """The script's `main`, in a thread, one batch at a time."""
 
     def __init__(self, sources: Path, work: Work) -> None:
-        script = _loaded(sources / SCRIPT)
+        script = load(sources)
         self.logged: list[dict[str, float]] = []
         self.turns = Turns((work.images, [PROMPT] * work.batch))
         patches = contextlib.ExitStack()
@@ -96,8 +96,9 @@ def _flags(work: Work) -> list[str]:
     return [f"--{name}={value}" for name, value in values.items()]
 
 
-def _loaded(path: Path) -> Any:
-    spec = importlib.util.spec_from_file_location("diffusers_lcm_script", path)
+def load(sources: Path) -> Any:
+    """The script as a module."""
+    spec = importlib.util.spec_from_file_location("diffusers_lcm_script", sources / SCRIPT)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module

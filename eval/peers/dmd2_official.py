@@ -27,13 +27,19 @@ NOTE = (
 )
 
 
+def load(sources: Path) -> Any:
+    """Its training module."""
+    open_sources(sources / FOLDER, SILENT)
+    from main import train_sd
+
+    return train_sd
+
+
 class Peer:
     """Its `Trainer`."""
 
     def __init__(self, sources: Path, work: Work) -> None:
-        open_sources(sources / FOLDER, SILENT)
-        from main import train_sd
-
+        train_sd = load(sources)
         self.logged: list[dict[str, float]] = []
         folder = Path(tempfile.mkdtemp(prefix="dmd2-"))
         tracker = mock.MagicMock()

@@ -32,12 +32,19 @@ NOTE = (
 )
 
 
+def load(sources: Path) -> None:
+    """Its packages."""
+    os.environ.setdefault("HF_HOME", str(sources / "hub"))
+    open_sources(sources / FOLDER, SILENT)
+    from fastgen import trainer  # noqa: F401
+    from fastgen.configs.experiments.SD15 import config_dmd2  # noqa: F401
+
+
 class Peer:
     """Its model and `Trainer`; its network checkpoints always."""
 
     def __init__(self, sources: Path, work: Work) -> None:
-        os.environ.setdefault("HF_HOME", str(sources / "hub"))
-        open_sources(sources / FOLDER, SILENT)
+        load(sources)
         from fastgen.configs.experiments.SD15.config_dmd2 import create_config
         from fastgen.methods import DMD2Model
         from fastgen.networks import noise_schedule

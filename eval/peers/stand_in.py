@@ -26,6 +26,8 @@ class Silent(types.ModuleType):
 
 def open_sources(folder: Path, silent: tuple[str, ...]) -> None:
     """Makes a peer's sources importable, with some of what they import silent and the rest from `site` beside them."""
+    if str(folder) in sys.path:
+        return
     sys.path.insert(0, str(folder))
     sys.path.append(str(folder.parent / "site"))
     for name in silent:
