@@ -78,11 +78,11 @@ def _straight(times: str, share: float = 1.0) -> list[Stage]:
 
 
 def _small(method: str) -> list[Stage]:
-    common = {"start_timestep": START} | ({"flip_pairs": False} if method == "slimflow" else {})
-    anneal = {"anneal_steps": MIXTURE.path_steps} if method == "slimflow" else {}
+    start = {"start_timestep": START}
+    anneal = {"flip_pairs": False, "anneal_steps": MIXTURE.path_steps} if method == "slimflow" else {}
     return [
-        path_stage(method, common | anneal, MIXTURE, 1.5),
-        path_stage("rectified_flow", common | {"objective": "distill"}, MIXTURE, 0.5),
+        path_stage(method, start | anneal, MIXTURE, 1.5),
+        path_stage("rectified_flow", start | {"objective": "distill"}, MIXTURE, 0.5),
     ]
 
 
