@@ -87,8 +87,12 @@ def _small(method: str) -> list[Stage]:
 
 
 def _segmented() -> list[Stage]:
-    common = SHORT | {"adversarial_weight": 0.0, "num_ddim_timesteps": 40, "num_inference_steps": 2}
-    return [path_stage("tscd", common | {"num_segments": count}, MIXTURE, 0.4) for count in (8, 4, 2, 1)]
+    common = SHORT | {"adversarial_weight": 0.0, "num_ddim_timesteps": 40}
+    steps = {8: 8, 4: 4, 2: 2, 1: 2}  # a stage's steps must visit its segments' edges
+    return [
+        path_stage("tscd", common | {"num_segments": count, "num_inference_steps": steps[count]}, MIXTURE, 0.4)
+        for count in steps
+    ]
 
 
 def _consistent(method: str, share: float = 1.0, **config) -> list[Stage]:
