@@ -149,10 +149,14 @@ def main() -> None:
                 if str(seed) in done:
                     continue
                 done[str(seed)] = figure_of(claim, stages, seed, arguments.runs)
-                entry["outcome"] = verdict(claim, entry)
                 write(arguments.output, json.dumps(entries, indent=1) + "\n")
                 print(claim.name, arm, seed, f"{done[str(seed)]['value']:.3f}", flush=True)
-    write(arguments.page, page(read(arguments.output)))
+    entries = read(arguments.output)
+    for claim in CLAIMS:
+        if claim.name in entries:
+            entries[claim.name]["outcome"] = verdict(claim, entries[claim.name])
+    write(arguments.output, json.dumps(entries, indent=1) + "\n")
+    write(arguments.page, page(entries))
 
 
 if __name__ == "__main__":

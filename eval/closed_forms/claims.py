@@ -78,17 +78,21 @@ def _straight(times: str, share: float = 1.0) -> list[Stage]:
 
 
 def _small(method: str) -> list[Stage]:
-    common = {"start_timestep": START} | ({"flip_pairs": False} if method == "slimflow" else {})
-    anneal = {"anneal_steps": MIXTURE.path_steps} if method == "slimflow" else {}
+    start = {"start_timestep": START}
+    anneal = {"flip_pairs": False, "anneal_steps": MIXTURE.path_steps} if method == "slimflow" else {}
     return [
-        path_stage(method, common | anneal, MIXTURE, 1.5),
-        path_stage("rectified_flow", common | {"objective": "distill"}, MIXTURE, 0.5),
+        path_stage(method, start | anneal, MIXTURE, 1.5),
+        path_stage("rectified_flow", start | {"objective": "distill"}, MIXTURE, 0.5),
     ]
 
 
 def _segmented() -> list[Stage]:
-    common = SHORT | {"adversarial_weight": 0.0, "num_ddim_timesteps": 40, "num_inference_steps": 2}
-    return [path_stage("tscd", common | {"num_segments": count}, MIXTURE, 0.4) for count in (8, 4, 2, 1)]
+    common = SHORT | {"adversarial_weight": 0.0, "num_ddim_timesteps": 40}
+    steps = {8: 8, 4: 4, 2: 2, 1: 2}  # a stage's steps must visit its segments' edges
+    return [
+        path_stage("tscd", common | {"num_segments": count, "num_inference_steps": steps[count]}, MIXTURE, 0.4)
+        for count in steps
+    ]
 
 
 def _consistent(method: str, share: float = 1.0, **config) -> list[Stage]:

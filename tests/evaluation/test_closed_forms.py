@@ -14,7 +14,7 @@ sys.path.append(str(Path(__file__).resolve().parents[2] / "eval"))
 import analytic
 import claims as claims_command
 import modes_picture
-from closed_forms.claims import CLAIMS, Claim
+from closed_forms.claims import CLAIMS, Claim, Counted
 from closed_forms.figures import exact_draws, figures, labels_of
 from closed_forms.plans import Stage, plan
 from closed_forms.runs import run
@@ -134,6 +134,14 @@ def test_an_equality_has_a_margin_and_an_untested_claim_a_reason():
     assert claims_command.verdict(claim, {"arms": arms}) == "did not hold"
     assert claims_command.verdict(replace(claim, margin=0.1), {"arms": arms}) == "held"
     assert all(claim.arms or claim.reason for claim in CLAIMS)
+
+
+@pytest.mark.parametrize("claim", [claim for claim in CLAIMS if claim.arms], ids=lambda claim: claim.name)
+def test_every_arm_of_a_claim_is_accepted_by_its_methods(claim):
+    for stages in claim.arms.values():
+        for stage in () if isinstance(stages, Counted) else stages:
+            cls = method_named(stage.method)
+            assert cls(cls.Config(**stage.config)).info.name == stage.method
 
 
 def test_swing_is_of_the_second_half():
