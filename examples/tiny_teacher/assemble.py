@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 from common import replace_folder
-from diffusers import AutoencoderTiny, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from diffusers import AutoencoderTiny, DDIMScheduler, DiffusionPipeline, StableDiffusionPipeline, UNet2DConditionModel
 from transformers import CLIPTextModel, CLIPTokenizer
 
 SCHEDULE = {
@@ -66,9 +66,9 @@ def carry_records(sources: dict[str, Path | UNet2DConditionModel], pipeline: Pat
             file.chmod(0o644)
 
 
-def load_pipeline(folder: Path) -> StableDiffusionPipeline:
+def load_pipeline(folder: Path) -> DiffusionPipeline:
     """The assembled teacher in fp32 without progress bars."""
-    pipeline = StableDiffusionPipeline.from_pretrained(folder, torch_dtype=torch.float32, safety_checker=None)
+    pipeline = DiffusionPipeline.from_pretrained(folder, torch_dtype=torch.float32)
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
 

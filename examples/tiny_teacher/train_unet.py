@@ -1,7 +1,9 @@
-"""Stage 5: the teacher's UNet2DConditionModel (noise prediction) on precomputed latents and text embeddings.
+"""Stage 5: the teacher's network on precomputed latents and text embeddings: a UNet that predicts noise, or with --flow
+an SD3 transformer that predicts velocities.
 
     python train_unet.py --data emoji.parquet --autoencoder runs/autoencoder --text_encoder runs/text_encoder \
         --output runs/unet --minutes 75
+    python train_unet.py --flow teacher --data emoji.parquet --output runs/flow --minutes 60
 
 The caption level is drawn for each image and step; one caption in ten is empty, so that guidance works. SIGTERM ends
 the run early and cleanly; ``--snapshot`` writes the moving average as a whole pipeline every few minutes.
@@ -9,8 +11,10 @@ the run early and cleanly; ``--snapshot`` writes the moving average as a whole p
 
 from __future__ import annotations
 
+import argparse
 import json
 import signal
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -31,9 +35,13 @@ from common import (
 from diffusers import AutoencoderTiny, DDIMScheduler, UNet2DConditionModel
 from diffusers.models.attention_processor import AttnProcessor2_0
 from diffusers.training_utils import EMAModel, compute_snr
+from flow import Flow
 from train_autoencoder import reconstruct
 from train_text_encoder import tokenize
 from transformers import CLIPTextModel, CLIPTokenizer
+
+Inputs = dict[str, torch.Tensor]
+"""Inputs of a network that stand for captions: (N, ...) by name."""
 
 PREVIEW = (
     "red apple",
@@ -76,6 +84,8 @@ def encode_latents(folder: Path, images: torch.Tensor) -> tuple[torch.Tensor, fl
     """Scaled latents (N, 8, 8, 8) of images in [0, 1], and the factor that gives them unit pooled deviation."""
     vae = AutoencoderTiny.from_pretrained(folder).eval()
     latents = reconstruct(vae, images)[1]
+    if vae.config.scaling_factor != 1:  # that of an assembled pipeline
+        return latents * vae.config.scaling_factor, vae.config.scaling_factor
     record = folder / "latents.json"
     if not record.exists():
         record.write_text(json.dumps({"scaling_factor": round(1 / latents.std().item(), 5)}) + "\n")
@@ -83,32 +93,23 @@ def encode_latents(folder: Path, images: torch.Tensor) -> tuple[torch.Tensor, fl
     return latents * factor, factor
 
 
-@torch.no_grad()
-def embed_captions(folder: Path, captions: list[str]) -> torch.Tensor:
-    """Last hidden states (N, CONTEXT, 128), as the pipeline makes them."""
-    tokenizer = CLIPTokenizer.from_pretrained(folder / "tokenizer")
-    model = CLIPTextModel.from_pretrained(folder / "text_encoder").float().eval()
-    return torch.cat(
-        [model(tokenize(tokenizer, captions[i : i + 500])).last_hidden_state for i in range(0, len(captions), 500)]
-    )
-
-
 class Captions:
     """A table of embeddings of all different captions and, for each level, each image's row in it; row 0 is empty."""
 
-    def __init__(self, folder: Path, captions: dict[str, list[str]]):
+    def __init__(self, embed: Callable[[list[str]], Inputs], captions: dict[str, list[str]]):
         unique = ["", *sorted({c for level in LEVELS for c in captions[level]})]
         number = {caption: i for i, caption in enumerate(unique)}
         self.rows = torch.tensor([[number[c] for c in captions[level]] for level in LEVELS])
-        self.table = embed_captions(folder, unique)
+        self.table = embed(unique)
 
-    def draw(self, index: torch.Tensor, dropout: float, generator: torch.Generator) -> torch.Tensor:
-        """Embeddings (B, CONTEXT, 128) at a random level for each image, empty with probability ``dropout``."""
+    def draw(self, index: torch.Tensor, dropout: float, generator: torch.Generator) -> Inputs:
+        """Embeddings of B captions at a random level for each image, empty with probability ``dropout``."""
         levels = torch.multinomial(
             torch.tensor(LEVEL_PROBABILITIES), len(index), replacement=True, generator=generator
         )
         rows = self.rows[levels, index]
-        return self.table[rows.where(torch.rand(len(index), generator=generator) >= dropout, 0)]
+        rows = rows.where(torch.rand(len(index), generator=generator) >= dropout, 0)
+        return {name: values[rows] for name, values in self.table.items()}
 
 
 def stratified_timesteps(count: int, generator: torch.Generator) -> torch.Tensor:
@@ -118,15 +119,61 @@ def stratified_timesteps(count: int, generator: torch.Generator) -> torch.Tensor
     return steps[torch.randperm(count, generator=generator)]
 
 
+class Noise:
+    """Training pairs of noise prediction, and text as Stable Diffusion's pipeline gives it."""
+
+    stage = "unet"
+    checked = (100, 300, 500, 700, 900)
+    inputs = ("encoder_hidden_states",)
+
+    def __init__(self, settings: argparse.Namespace):
+        self.settings, self.scheduler = settings, DDIMScheduler(**SCHEDULE)
+
+    def build(self, latent_channels: int) -> UNet2DConditionModel:
+        if self.settings.init_from:
+            return UNet2DConditionModel.from_pretrained(self.settings.init_from).float()
+        return build(latent_channels, self.settings.channels)
+
+    @torch.no_grad()
+    def embed(self, captions: list[str]) -> Inputs:
+        """Last hidden states (N, CONTEXT, 128)."""
+        folder = self.settings.text_encoder
+        tokenizer = CLIPTokenizer.from_pretrained(folder / "tokenizer")
+        model = CLIPTextModel.from_pretrained(folder / "text_encoder").float().eval()
+        parts = [model(tokenize(tokenizer, captions[i : i + 500])) for i in range(0, len(captions), 500)]
+        return {"encoder_hidden_states": torch.cat([part.last_hidden_state for part in parts])}
+
+    def pairs(self, clean, text: Inputs, generator) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Noisy latents, timesteps, noise, and the weight (B,) of each error: min-SNR."""
+        noise = torch.randn(clean.shape, generator=generator)
+        steps = stratified_timesteps(len(clean), generator)
+        weight = torch.ones(len(clean))
+        if gamma := self.settings.snr_gamma:
+            snr = compute_snr(self.scheduler, steps)
+            weight = snr.clamp(max=gamma) / snr
+        return *self.at(clean, noise, steps), weight
+
+    def at(self, clean, noise, steps) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Noisy latents at given timesteps, these, and what is to be said there."""
+        return self.scheduler.add_noise(clean, noise, steps), steps, noise
+
+    def assemble(self, model: UNet2DConditionModel, output: Path) -> None:
+        assemble(self.settings.autoencoder, self.settings.text_encoder, model, output)
+
+
+def answer(model: torch.nn.Module, process, noisy: torch.Tensor, steps: torch.Tensor, text: Inputs) -> torch.Tensor:
+    told = {name: text[name] for name in process.inputs}
+    return model(noisy, timestep=steps, **told, return_dict=False)[0].float()
+
+
 @torch.no_grad()
-def validation_loss(model, scheduler, latents: torch.Tensor, text: torch.Tensor) -> list[float]:
-    """Mean squared noise error at t = 100, 300, 500, 700, 900 with fixed noise."""
+def validation_loss(model, process, latents: torch.Tensor, text: Inputs) -> list[float]:
+    """Mean squared error at the process's checked timesteps with fixed noise."""
     noise = torch.randn(latents.shape, generator=torch.Generator().manual_seed(0))
     rows = []
-    for t in (100, 300, 500, 700, 900):
-        steps = torch.full((len(latents),), t)
-        noisy = scheduler.add_noise(latents, noise, steps)
-        rows.append(round((model(noisy, steps, text, return_dict=False)[0] - noise).square().mean().item(), 4))
+    for t in process.checked:
+        noisy, steps, target = process.at(latents, noise, torch.full((len(latents),), t))
+        rows.append(round((answer(model, process, noisy, steps, text) - target).square().mean().item(), 4))
     return rows
 
 
@@ -162,8 +209,9 @@ class Float32Attention(AttnProcessor2_0):
 
 def main() -> None:
     flags = parser(__doc__, batch=128, lr=1.5e-3, minutes=75.0, weight_decay=0.01, ema=0.998, seed=404)
-    flags.add_argument("--autoencoder", type=Path, required=True)
-    flags.add_argument("--text_encoder", type=Path, required=True)
+    flags.add_argument("--autoencoder", type=Path, help="folder of stage 1; not with --flow")
+    flags.add_argument("--text_encoder", type=Path, help="folder of stage 2; not with --flow")
+    flags.add_argument("--flow", type=Path, help="train the flow transformer on this assembled teacher's parts")
     flags.add_argument("--channels", type=int, nargs=3, default=(64, 112, 144))
     flags.add_argument("--caption_dropout", type=float, default=0.1)
     flags.add_argument("--snr_gamma", type=float, default=5.0, help="min-SNR weighting; 0 for plain noise loss")
@@ -177,21 +225,20 @@ def main() -> None:
     settings.output.mkdir(parents=True, exist_ok=True)
 
     train, held_out = Rows(settings.data, "train"), Rows(settings.data, "validation")
-    latents, factor = encode_latents(settings.autoencoder, train.unit())
-    captions = Captions(settings.text_encoder, train.captions)
-    check = encode_latents(settings.autoencoder, held_out.unit(slice(0, 500)))[0]
-    check_text = embed_captions(settings.text_encoder, held_out.captions["style"][:500])
+    process = Flow(settings) if settings.flow else Noise(settings)
+    autoencoder = settings.flow / "vae" if settings.flow else settings.autoencoder
+    latents, factor = encode_latents(autoencoder, train.unit())
+    captions = Captions(process.embed, train.captions)
+    check = encode_latents(autoencoder, held_out.unit(slice(0, 500)))[0]
+    check_text = process.embed(held_out.captions["style"][:500])
 
-    model = build(latents.shape[1], settings.channels)
-    if settings.init_from:
-        model = UNet2DConditionModel.from_pretrained(settings.init_from).float()
-    if settings.bf16:
+    model = process.build(latents.shape[1])
+    if settings.bf16 and not settings.flow:
         model.set_attn_processor(Float32Attention())
     model = model.to(memory_format=torch.channels_last).train()
     print(f"{count_parameters(model) / 1e6:.2f} M parameters, scaling factor {factor}", flush=True)
     optimizer = torch.optim.AdamW(split_decay(model, settings.weight_decay), lr=settings.lr, betas=(0.9, 0.99))
     average = EMAModel(model.parameters(), decay=settings.ema, use_ema_warmup=True, power=0.75)
-    scheduler = DDIMScheduler(**SCHEDULE)
     progress, batches = Progress(settings.minutes, settings.steps), epochs(len(train), settings.batch, generator)
     signal.signal(signal.SIGTERM, lambda *_: setattr(progress, "stopped", True))
     history, running, due = [], 0.0, 2.0 * 60
@@ -200,14 +247,14 @@ def main() -> None:
         average.store(model.parameters())
         average.copy_to(model.parameters())
         model.eval()
-        error = validation_loss(model, scheduler, check, check_text)
+        error = validation_loss(model, process, check, check_text)
         history.append(
             {"step": progress.step, "seconds": round(progress.elapsed), "validation": error, "train": running}
         )
         print(history[-1], flush=True)
         model.save_pretrained(settings.output)
         if settings.snapshot:
-            assemble(settings.autoencoder, settings.text_encoder, model, settings.snapshot)
+            process.assemble(model, settings.snapshot)
             preview(settings.snapshot, settings.output / f"preview_{round(progress.elapsed / 60):03d}.png")
         average.restore(model.parameters())
         model.train()
@@ -215,16 +262,10 @@ def main() -> None:
     while not progress.done:
         index = next(batches)
         clean, text = latents[index], captions.draw(index, settings.caption_dropout, generator)
-        noise = torch.randn(clean.shape, generator=generator)
-        steps = stratified_timesteps(len(index), generator)
-        noisy = scheduler.add_noise(clean, noise, steps).contiguous(memory_format=torch.channels_last)
+        noisy, steps, target, weight = process.pairs(clean, text, generator)
         with torch.autocast("cpu", torch.bfloat16, enabled=settings.bf16):
-            prediction = model(noisy, steps, text, return_dict=False)[0]
-        error = (prediction.float() - noise).square().mean(dim=(1, 2, 3))
-        if settings.snr_gamma:
-            snr = compute_snr(scheduler, steps)
-            error = error * (snr.clamp(max=settings.snr_gamma) / snr)
-        loss = error.mean()
+            prediction = answer(model, process, noisy.contiguous(memory_format=torch.channels_last), steps, text)
+        loss = ((prediction - target).square().mean(dim=(1, 2, 3)) * weight).mean()
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -244,7 +285,7 @@ def main() -> None:
     write_record(
         settings.output,
         settings,
-        stage="unet",
+        stage=process.stage,
         parameters=count_parameters(model),
         steps=progress.step,
         epochs=round(progress.step * settings.batch / len(train), 1),

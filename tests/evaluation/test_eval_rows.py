@@ -96,6 +96,16 @@ def test_solvers_start_where_told(tiny_sd, solver):
         assert torch.allclose(scheduler.betas.double(), tiny_sd.scheduler.betas[: start + 1].double())
 
 
+def test_flows_go_down_an_even_grid_from_noise():
+    config = {"_class_name": "FlowMatchEulerDiscreteScheduler", "shift": 1.0}
+    scheduler = scheduler_for(config, Sampling("Euler", 4))
+    scheduler.set_timesteps(4)
+    assert scheduler.sigmas.tolist() == pytest.approx([1, 0.75, 0.5, 0.25, 0], abs=1e-6)
+    for other in (Sampling("DDIM", 4), Sampling("Euler", 4, start=499)):
+        with pytest.raises(ValueError, match="Euler from index 999"):
+            scheduler_for(config, other)
+
+
 def test_all_solvers_agree_with_many_steps_and_with_ddim_at_one(tiny_sd, bench):
     from fastdiff.evaluation.generation import generate
 

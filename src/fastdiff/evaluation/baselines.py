@@ -15,16 +15,19 @@ from typing import Any
 
 from tqdm import tqdm
 
+from fastdiff.diffusion.schedules import is_flow
 from fastdiff.evaluation.benchmark import Benchmark
 from fastdiff.evaluation.evaluate import evaluate, load_pipeline
 from fastdiff.evaluation.features import ImageFeatures
 from fastdiff.evaluation.generation import generate, sample_seeds
 from fastdiff.evaluation.metrics import frechet_distance
 from fastdiff.evaluation.row import Row
+from fastdiff.models.sampler import SamplerSpec
 
 SOLVERS = ("DDIM", "Euler", "DPM-Solver++ 2M", "UniPC")
 GUIDANCE = (1.0, 1.5, 2.0, 3.0, 4.5, 7.0)
 STARTS = (999, 899, 749, 599, 449, 299)
+FLOW_SPACE = {"solver": "Euler", "starts": (999,)}
 SHIPPED = Path(__file__).resolve().parents[3] / "eval" / "results" / "embedded_baselines.json"
 
 
@@ -45,7 +48,7 @@ class Sampling:
 
 def scheduler_for(config: dict[str, Any], sampling: Sampling) -> Any:
     """A stock diffusers scheduler that samples as ``sampling`` says, on the betas of ``config`` (a scheduler's
-    config).
+    config), or on its flow: Euler from t = 1 down an even grid.
 
     Starting at index s < T - 1 is done by handing the scheduler the first s + 1 betas only; the first network input is
     then what the solver takes for pure noise at s (DDIM: unit variance; Euler: sigma_s of it).
@@ -53,6 +56,12 @@ def scheduler_for(config: dict[str, Any], sampling: Sampling) -> Any:
     Raises:
         ValueError: an unknown solver or a start outside the schedule.
     """
+    if is_flow(config):
+        if (sampling.solver, sampling.start) != (FLOW_SPACE["solver"], *FLOW_SPACE["starts"]):
+            raise ValueError(
+                f"a flow is sampled by Euler from index 999, not by {sampling.solver} from {sampling.start}"
+            )
+        return SamplerSpec.trailing("flow", sampling.steps).build_scheduler(config, "flow")
     from diffusers import DDIMScheduler, DPMSolverMultistepScheduler, EulerDiscreteScheduler, UniPCMultistepScheduler
 
     classes = {
@@ -85,9 +94,11 @@ def with_sampling(pipeline: Any, sampling: Sampling) -> Any:
     return changed
 
 
-def candidates(calls: int, guidance: Sequence[float] = GUIDANCE, starts: Sequence[int] = STARTS) -> list[Sampling]:
-    """All DDIM samplings that cost exactly ``calls`` network calls."""
-    found = [Sampling(SOLVERS[0], calls // (2 if w > 1 else 1), w, start) for w in guidance for start in starts]
+def candidates(
+    calls: int, guidance: Sequence[float] = GUIDANCE, starts: Sequence[int] = STARTS, solver: str = SOLVERS[0]
+) -> list[Sampling]:
+    """All samplings by one solver that cost exactly ``calls`` network calls."""
+    found = [Sampling(solver, calls // (2 if w > 1 else 1), w, start) for w in guidance for start in starts]
     return [sampling for sampling in found if sampling.steps > 0 and sampling.network_calls == calls]
 
 
@@ -138,16 +149,19 @@ def search(
 
 
 def baseline_rows(
-    pipeline: Any, test: Benchmark, validation: Benchmark, calls: int, **options: Any
+    pipeline: Any, test: Benchmark, validation: Benchmark, calls: int, guided: bool = True, **options: Any
 ) -> tuple[list[Row], list[dict]]:
     """The best undistilled samplings at a number of calls, scored on the test prompts, and the search's record.
 
-    ``undistilled-K`` has the least distance to the reference at any guidance; where the teacher's own samples are at
-    hand, ``undistilled-K-matched`` has, at w = 1, the least distance to them. ``options`` are those of ``search``.
+    ``undistilled-K`` has the least distance to the reference at any guidance (left out unless ``guided``); where the teacher's own samples are at
+    hand, ``undistilled-K-matched`` has, at w = 1, the least distance to them. Of a flow there is one sampling at w = 1.
+    ``options`` are those of ``search``.
     """
-    sets = [(f"undistilled-{calls}", candidates(calls), validation.reference)]
+    space = FLOW_SPACE if is_flow(pipeline.scheduler.config) else {}
+    options = {"solvers": (space["solver"],)} | options if space else options
+    sets = [(f"undistilled-{calls}", candidates(calls, **space), validation.reference)] if guided else []
     if test.teacher is not None:
-        sets.append((f"undistilled-{calls}-matched", candidates(calls, guidance=(1.0,)), test.teacher))
+        sets.append((f"undistilled-{calls}-matched", candidates(calls, guidance=(1.0,), **space), test.teacher))
     rows, record = [], []
     for name, samplings, against in sets:
         chosen, tried = search(pipeline, validation, samplings, against, **options)

@@ -16,6 +16,7 @@ from fastdiff.evaluation.features import ImageFeatures
 from fastdiff.evaluation.generation import Samples, generate, sample_seeds
 from fastdiff.evaluation.protocol import Protocol
 from fastdiff.evaluation.row import Row
+from fastdiff.models.absent import absent_parts
 
 Numbers = tuple[dict[str, float], dict[str, tuple[float, float]]]
 
@@ -187,7 +188,7 @@ def load_pipeline(pipeline: Any) -> Any:
 
     # The dtype is given, since transformers keeps that of a half-precision file while diffusers does not.
     loaded = DiffusionPipeline.from_pretrained(
-        pipeline, torch_dtype=torch.float32, use_safetensors=True, local_files_only=True
+        pipeline, torch_dtype=torch.float32, use_safetensors=True, local_files_only=True, **absent_parts(pipeline)
     )
     return loaded.to("cuda" if torch.cuda.is_available() else "cpu")
 

@@ -13,7 +13,7 @@ from fastdiff.export import card_text
 from fastdiff.export.experts import EXPERTS_FILE
 from fastdiff.export.lora import DIFFUSERS_FILE, KOHYA_FILE
 from fastdiff.export.student import StudentRecord
-from fastdiff.models.teacher import ASSETS, EMBEDDED
+from fastdiff.models.embedded import SHIPPED
 
 if TYPE_CHECKING:
     from huggingface_hub import EvalResult, ModelCardData
@@ -44,18 +44,18 @@ def teacher_license(source: str | Path, revision: str | None = None, token: str 
     """The licence in the teacher's own model card; None when there is no card, or no licence in it.
 
     Args:
-        source: a pipeline folder (its README.md is read), "embedded", or a Hub id (its card, from the cache when
-            offline).
+        source: a pipeline folder (its README.md is read), the name of a shipped teacher, or a Hub id (its card, from
+            the cache when offline).
         revision: of the Hub repository.
         token: for private teachers.
     """
     from huggingface_hub import ModelCard, hf_hub_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OfflineModeIsEnabled
 
-    folder = ASSETS / "teacher" if str(source) == EMBEDDED else Path(source)
+    folder = SHIPPED.get(str(source), Path(source))
     path = folder / CARD_FILE
     if not path.is_file():
-        if folder.exists() or str(source) == EMBEDDED:
+        if folder.exists() or str(source) in SHIPPED:
             return None
         try:
             path = Path(hf_hub_download(str(source), CARD_FILE, revision=revision, token=token))

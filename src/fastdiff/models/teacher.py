@@ -15,12 +15,12 @@ from torch import Tensor, nn
 
 from fastdiff.diffusion.prediction import PredictionKind
 from fastdiff.diffusion.schedules import NoiseSchedule, is_flow, schedule_from_config
+from fastdiff.models.absent import absent_parts
 from fastdiff.models.codec import Codec
 from fastdiff.models.conditioning import Conditioning
+from fastdiff.models.embedded import EMBEDDED_FLOW, SHIPPED, embedded_flow
 from fastdiff.models.families import Family, family_of
 
-EMBEDDED = "embedded"
-ASSETS = Path(__file__).resolve().parents[1] / "assets"
 _SIGNS_PER_TENSOR = 4096
 
 
@@ -56,7 +56,7 @@ class Teacher:
 
     Args:
         pipeline: a diffusers text-to-image pipeline of a supported family.
-        source: where it came from; a folder, a Hub id or `embedded`.
+        source: where it came from; a folder, a Hub id, `embedded` or `embedded-flow`.
         revision: the Hub revision, if any.
 
     Raises:
@@ -70,6 +70,7 @@ class Teacher:
         self.source = source
         self.revision = revision
         self.family = family_of(type(pipeline).__name__)
+        self.family.prepare(pipeline)
         self.network: nn.Module = getattr(pipeline, self.family.network_name).requires_grad_(False).eval()
         self.codec: Codec = self.family.codec(pipeline.vae)
         self.schedule = self.schedule_at(self.default_resolution)
@@ -89,7 +90,9 @@ class Teacher:
         dtype: torch.dtype = torch.float32,
         device: torch.device | str = "cpu",
     ) -> Teacher:
-        """Loads a pipeline folder, a `.safetensors` single file, a Hub id, or `embedded` (the teacher shipped here).
+        """Loads a pipeline folder, a `.safetensors` single file, a Hub id, or a teacher shipped here.
+
+        Those are `embedded` (noise prediction by a UNet) and `embedded-flow` (rectified flow by an SD3 transformer).
 
         Args:
             source: what to load.
@@ -103,10 +106,13 @@ class Teacher:
             ValueError: if weights are pickled or the pipeline class is not supported.
         """
         source = str(source)
-        path = ASSETS / "teacher" if source == EMBEDDED else Path(source)
-        _refuse_bad_path(source, path)
-        target = str(path) if path.exists() else source
-        pipeline = _load(target, revision, variant, cache_dir, config, dtype)
+        if source == EMBEDDED_FLOW:
+            pipeline = embedded_flow(dtype)
+        else:
+            path = SHIPPED.get(source, Path(source))
+            _refuse_bad_path(source, path)
+            target = str(path) if path.exists() else source
+            pipeline = _load(target, revision, variant, cache_dir, config, dtype)
         pipeline.set_progress_bar_config(disable=True)
         return cls(pipeline.to(device), source, revision)
 
@@ -262,7 +268,7 @@ def _load(target: str, revision: str | None, variant: str | None, cache_dir: str
         return single.from_single_file(target, config=config, torch_dtype=dtype, local_files_only=config is not None)
     settings = {"revision": revision, "variant": variant, "cache_dir": cache_dir, "torch_dtype": dtype}
     try:
-        return DiffusionPipeline.from_pretrained(target, use_safetensors=True, **settings)
+        return DiffusionPipeline.from_pretrained(target, use_safetensors=True, **settings, **absent_parts(target))
     except OSError as error:
         if ".bin" in str(error) or "safetensors" in str(error):
             raise ValueError(

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from fastdiff.models.embedded import EMBEDDED, SHIPPED
 from fastdiff.models.families import family_of
-from fastdiff.models.teacher import ASSETS, EMBEDDED
 
 CONFIGS = Path(__file__).with_name("configs")
 PUBLIC = {
@@ -57,7 +57,7 @@ def blueprint_of(source: str, like: str | None = None) -> Blueprint:
     known = sorted(path.stem for path in CONFIGS.glob("*.json"))
     if wanted in known:
         return Blueprint(**json.loads((CONFIGS / f"{wanted}.json").read_text(encoding="utf-8")))
-    folder = ASSETS / "teacher" if wanted == EMBEDDED else Path(wanted)
+    folder = SHIPPED[EMBEDDED] if wanted == EMBEDDED else Path(wanted)
     if not (folder / "model_index.json").is_file():
         raise FileNotFoundError(
             f"the configs of teacher {wanted!r} are not at hand: give --like {'|'.join(known)}, or a pipeline folder "

@@ -18,6 +18,7 @@ from fastdiff import export
 from fastdiff.diffusion.prediction import Prediction
 from fastdiff.engine import Trainer
 from fastdiff.engine.previews import sample_role, write_grid
+from fastdiff.models.absent import absent_parts
 from fastdiff.models.conditioning import Conditioning
 from fastdiff.models.denoiser import Denoiser
 from fastdiff.models.embeddings import with_fixed_input
@@ -148,7 +149,7 @@ def fresh_pipeline(teacher: Teacher, student: export.Student, scratch: Path) -> 
 
     base = dataclasses.replace(student, network=teacher.network, adapters={})
     folder = export.save_pipeline(base, scratch / "teacher", guidance_free=False)
-    return DiffusionPipeline.from_pretrained(folder, local_files_only=True)
+    return DiffusionPipeline.from_pretrained(folder, local_files_only=True, **absent_parts(folder))
 
 
 def _exact_base(trainer: Trainer) -> contextlib.AbstractContextManager:

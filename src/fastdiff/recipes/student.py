@@ -11,6 +11,8 @@ import torch
 from fastdiff.export.experts import EXPERTS_FILE, load_experts
 from fastdiff.export.lora import DIFFUSERS_FILE
 from fastdiff.export.student import RECORD_FILE, read_record
+from fastdiff.models.absent import absent_parts
+from fastdiff.models.families import family_of
 from fastdiff.models.teacher import Teacher
 from fastdiff.recipes.errors import RecipeError
 
@@ -91,7 +93,7 @@ def load_pipeline(
         from diffusers import DiffusionPipeline
 
         pipeline = DiffusionPipeline.from_pretrained(
-            folder, torch_dtype=dtype, use_safetensors=True, local_files_only=True
+            folder, torch_dtype=dtype, use_safetensors=True, local_files_only=True, **absent_parts(folder)
         )
     elif (folder / DIFFUSERS_FILE).is_file():
         pipeline = _on_teacher(folder, dtype)
@@ -99,6 +101,7 @@ def load_pipeline(
         raise FileNotFoundError(
             f"{folder} holds neither model_index.json nor {DIFFUSERS_FILE}: give a pipeline folder or a student folder"
         )
+    family_of(type(pipeline).__name__).prepare(pipeline)
     pipeline.set_progress_bar_config(disable=True)
     return pipeline.to(device)
 

@@ -77,6 +77,9 @@ class Family(ABC):
         """
         raise ValueError(f"runs of {self.name} cannot be planned yet: what its prompts take is not written down")
 
+    def prepare(self, pipeline: Any) -> None:
+        """Makes a newly loaded pipeline cheaper where this changes nothing that it computes."""
+
     def codec(self, autoencoder: nn.Module) -> Codec:
         """The autoencoder, its latents in the scale and layout that `call` takes."""
         return Codec(autoencoder)

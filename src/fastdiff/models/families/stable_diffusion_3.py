@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from fastdiff.models.conditioning import Conditioning
 from fastdiff.models.families.transformer import TransformerFamily
+from fastdiff.models.repeated_context import merge_repeated_context
 
 T5_TOKENS = 256
 """The pipeline's own limit."""
@@ -17,7 +18,7 @@ T5_TOKENS = 256
 class StableDiffusion3(TransformerFamily):
     """`StableDiffusion3Pipeline` (Esser et al. 2024, arXiv 2403.03206); unconditional means the empty prompt.
 
-    77 tokens of CLIP and 256 of T5, without a mask; a pipeline without T5 has zeros in their place.
+    77 tokens of CLIP and 256 of T5, without a mask; a pipeline without T5 has zeros in their place, computed once.
     """
 
     name = "stable-diffusion-3"
@@ -31,6 +32,10 @@ class StableDiffusion3(TransformerFamily):
         *("attn2.to_q", "attn2.to_k", "attn2.to_v", "attn2.to_out.0"),
         *("ff.net.0.proj", "ff.net.2", "ff_context.net.0.proj", "ff_context.net.2"),
     )
+
+    def prepare(self, pipeline: Any) -> None:
+        if pipeline.text_encoder_3 is None:
+            merge_repeated_context(pipeline.transformer, pipeline.tokenizer_max_length, T5_TOKENS)
 
     def encode_prompts(self, pipeline: Any, prompts: Sequence[str], resolution: int) -> Conditioning:
         device, prompts = pipeline.text_encoder.device, list(prompts)
