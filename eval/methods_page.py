@@ -5,7 +5,10 @@ python eval/methods_page.py
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
+
+from analytic import read_rows, table
 
 from fastdiff.data.files import write_aside
 from fastdiff.evaluation.leaderboard import markdown, read_entries
@@ -27,6 +30,32 @@ Protocol `emoji-2k/tower-v1` (see [eval/README.md](../eval/README.md)). score: e
 a share of that of the best undistilled sampling with at most as many network calls; 95 % intervals over seeds; training
 passes count forward 1, backward 1 (2 with weight gradients), recomputation 1. Made by `eval/leaderboard.py`.
 
+"""
+
+
+CLOSED_FORMS = """
+## Closed forms
+
+Every method on three laws that are known exactly: a Gaussian, twelve narrow modes on two rings, and 375 modes made of
+latents. The figure is the excess over exact draws as a share of that of the best undistilled sampling with as many
+network calls: 0 is exact, 1 is no better than not distilling. Made by `eval/analytic.py`.
+
+"""
+COSTS = """
+## Cost of a step
+
+Peak resident memory of a step above that after imports, and its time beside that of its network passes made bare, by
+what is trained: SD-shaped UNet of about 50 M weights, float32, one core. Made by `fastdiff bench methods`.
+
+| method | student | critics | peak MiB | step s | bare s | ratio |
+| --- | --- | --- | --- | --- | --- | --- |
+"""
+PICTURES = """
+## Pictures
+
+![the same prompts and noise through the teacher and every student](images/methods.png)
+
+Students of seed 0, by `python eval/methods_grid.py runs/leaderboard`.
 """
 
 
@@ -52,7 +81,21 @@ def page() -> str:
         text.append("| method | paper | needs | student | steps | recipes | status |\n|" + " --- |" * 7)
         text += [_line(info, recipes.get(info["name"], [])) for info in methods]
     board = read_entries(ROOT / "eval" / "leaderboard.json")
-    return "\n".join(text) + "\n" + (BOARD + markdown(board) if board else "")
+    closed = read_rows(ROOT / "eval" / "results" / "analytic.json")
+    text += [BOARD + markdown(board)] if board else []
+    text += [PICTURES] if (PAGE.parent / "images" / "methods.png").is_file() else []
+    text += [CLOSED_FORMS + table(closed)] if closed else []
+    costs = ROOT / "eval" / "bench" / "methods.json"
+    text += [COSTS + _costs(json.loads(costs.read_text("utf-8")))] if costs.is_file() else []
+    return "\n".join(text) + "\n"
+
+
+def _costs(rows: dict[str, dict]) -> str:
+    return "\n".join(
+        f"| `{row['method']}` | {row['student']} | {row['fake_score'] or ''} | {row['peak'] / 2**20:.0f} "
+        f"| {row['step_seconds']:.2f} | {row['bare_seconds']:.2f} | {row['ratio']:.2f} |"
+        for row in rows.values()
+    )
 
 
 def _line(info: dict, recipes: list[Path]) -> str:
