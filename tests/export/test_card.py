@@ -72,7 +72,7 @@ def test_text_has_facts_and_no_gaps(tmp_path):
 
 
 def test_full_student_is_a_finetune_and_a_local_teacher_is_no_base_model(tmp_path):
-    (tmp_path / "model_index.json").touch()
+    (tmp_path / "model_index.json").write_text("{}", encoding="utf-8")
     data = card_of(tmp_path, record=record(kind="full")).data
     assert data.base_model_relation == "finetune"
     data = card_of(tmp_path, record=record(teacher={"source": str(tmp_path)})).data
@@ -90,7 +90,7 @@ def test_unscaled_start_is_said_in_the_comfyui_section(tmp_path):
 def test_licence_is_inherited(tmp_path, tiny_sd_folder, monkeypatch):
     assert teacher_license(tiny_sd_folder) is None
     assert teacher_license("nobody/no-such-teacher") is None
-    monkeypatch.setattr("fastdiff.export.card.ASSETS", tmp_path)
+    monkeypatch.setattr("fastdiff.export.card.SHIPPED", {"embedded": tmp_path / "teacher"})
     assert teacher_license("embedded") is None
     (tmp_path / "README.md").write_text(
         "---\nlicense: other\nlicense_name: own\nlicense_link: https://x.y/l\n---\n\nHi\n"
@@ -154,3 +154,10 @@ def test_damaged_records_are_refused(tmp_path, content):
 def test_missing_record_is_refused(tmp_path):
     with pytest.raises(FileNotFoundError, match="not a student folder"):
         read_record(tmp_path)
+
+
+def test_a_pipeline_without_a_text_encoder_is_loaded_as_diffusers_wants(tmp_path):
+    parts = {"_class_name": "StableDiffusion3Pipeline", "text_encoder_3": [None, None], "tokenizer_3": [None, None]}
+    (tmp_path / "model_index.json").write_text(json.dumps(parts), encoding="utf-8")
+    text = card_of(tmp_path, record=record(kind="full"), repo_id="me/fast").text
+    assert "torch_dtype=torch.bfloat16, text_encoder_3=None, tokenizer_3=None)" in text

@@ -13,6 +13,7 @@ from fastdiff.export import card_text
 from fastdiff.export.experts import EXPERTS_FILE
 from fastdiff.export.lora import DIFFUSERS_FILE, KOHYA_FILE
 from fastdiff.export.student import StudentRecord
+from fastdiff.models.absent import absent_parts
 from fastdiff.models.embedded import SHIPPED
 
 if TYPE_CHECKING:
@@ -109,6 +110,7 @@ def write_card(
         datasets=tuple(datasets),
         prompt=prompt,
         saved_scheduler=_saved_scheduler(folder),
+        absent=tuple(absent_parts(folder)),
     )
     data = _card_data(facts, license)
     card = populate_model_card(ModelCard(f"---\n{data.to_yaml()}\n---\n\n{card_text.body(facts)}"), _tags(facts))

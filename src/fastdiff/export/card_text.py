@@ -51,6 +51,8 @@ class Facts:
     datasets: tuple[str, ...]
     prompt: str
     saved_scheduler: str | None = None
+    absent: tuple[str, ...] = ()
+    """Parts that the pipeline was saved without and wants to be told so."""
 
     @property
     def scheduler(self) -> str:
@@ -131,11 +133,12 @@ def full_snippet(facts: Facts) -> str:
     """Python that loads the pipeline folder; only the number of steps is passed unless the student is guided."""
     guidance = f", guidance_scale={facts.sampler.guidance_scale:g}" if facts.sampler.guidance_scale > 1 else ""
     call = _call(facts) + guidance
+    told = "".join(f", {part}=None" for part in facts.absent)
     return _python(
         "import torch",
         "from diffusers import DiffusionPipeline",
         "",
-        f'pipe = DiffusionPipeline.from_pretrained("{facts.repo_id}", torch_dtype=torch.bfloat16).to("cuda")',
+        f'pipe = DiffusionPipeline.from_pretrained("{facts.repo_id}", torch_dtype=torch.bfloat16{told}).to("cuda")',
         f"image = pipe({json.dumps(facts.prompt)}, {call}).images[0]",
     )
 
