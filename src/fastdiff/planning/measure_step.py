@@ -28,7 +28,7 @@ TINY = MIDDLE | {"block_out_channels": [32, 32, 64], "norm_num_groups": 8, "samp
 SIZES: dict[str, dict[str, Any]] = {"middle": MIDDLE, "tiny": TINY}
 NETWORKS_ONLY: dict[str, dict[str, Any]] = {
     "dmd": {"regression_loss": "latent_l2"},
-    "flash_dmd": {"gan_weight": 0.0},
+    "flash_dmd": {"gan_weight": 0.0, "high_noise_steps": 4},
     "rfpp": {"perceptual_weight": 0.0},
     "msd": {"students": 1},
 }
