@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import copy
+import dataclasses
 import json
 import os
 import subprocess
@@ -69,7 +70,7 @@ def kernel(critic: str, seed: int, runs: Path, _extra: list[str]) -> dict[str, A
     teacher.network = copy.deepcopy(teacher.start).requires_grad_(False).eval()
     plan, method = PLANS["dmd2"], method_of("dmd2")
     if critic != "full":
-        method = type(method)(_with_rate(method.config))
+        method = type(method)(dataclasses.replace(method.config, fake_score_learning_rate=LORA_RATE))
     settings = Settings(
         output_dir=str(runs / f"kernel-{critic.replace(' ', '-')}-{seed}"),
         max_train_steps=plan.steps,
@@ -102,12 +103,6 @@ def kernel(critic: str, seed: int, runs: Path, _extra: list[str]) -> dict[str, A
         "exact_draws": variation(teacher, exact, labels),
         "distance_to_mode": distance(teacher, samples),
     }
-
-
-def _with_rate(config: Any) -> Any:
-    import dataclasses
-
-    return dataclasses.replace(config, fake_score_learning_rate=LORA_RATE)
 
 
 def main() -> None:
