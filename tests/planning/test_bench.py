@@ -69,7 +69,7 @@ def test_bare_passes_are_those_of_the_step_and_no_more(name, tmp_path):
 
     bare = Bare(trainer, record(trainer, step))
     theirs, ours = products(bare.step), products(step)
-    assert 0 < theirs <= ours <= 1.05 * theirs  # the rest is discriminators' heads
+    assert 0 < theirs <= ours <= 1.001 * theirs
 
 
 def test_a_measured_step_takes_turns_of_every_kind(tmp_path):

@@ -1,8 +1,8 @@
 """The network passes of a training step and nothing else: recorded once, then replayed on plain diffusers networks.
 
 A replayed pass calls diffusers' network with the same rows, low-rank products, type and checkpointing, and in forward
-mode where the step asked for a derivative; graphs get one backward into the same weights and inputs, and a fused AdamW
-steps. No object of the loop takes part.
+mode where the step asked for a derivative; discriminator heads are called on what they were called on; graphs get one
+backward into the same weights and inputs, and a fused AdamW steps. No object of the loop takes part.
 """
 
 from __future__ import annotations
@@ -45,12 +45,22 @@ class Call:
     tangents: Mapping[str, Tensor] = field(default_factory=dict)
 
 
+@dataclass(frozen=True)
+class HeadCall:
+    """One call of a module beside the network, with a copy of what it was given; inputs that had a graph get one."""
+
+    name: str
+    given: tuple[Tensor, ...]
+    graphs: tuple[bool, ...]
+
+
 @dataclass
 class Turn:
     """One update: its calls and the groups it steps."""
 
     trains: tuple[str, ...]
     calls: list[Call] = field(default_factory=list)
+    heads: list[HeadCall] = field(default_factory=list)
 
 
 class RecordingFamily:
@@ -111,13 +121,24 @@ def record(trainer: Trainer, step: Callable[[], object]) -> list[Turn]:
 
         return dataclasses.replace(update, loss=loss)
 
+    def head_called(name: str):
+        def note(_module: nn.Module, given: tuple[Tensor, ...]) -> None:
+            graphs = tuple(one.requires_grad for one in given)
+            turns[-1].heads.append(HeadCall(name, tuple(one.detach().clone() for one in given), graphs))
+
+        return note
+
     denoiser.family, denoiser.features = family, stopped
     method.updates = lambda step: (told(update) for update in updates(step))
+    modules = trainer.networks.modules.items()
+    handles = [module.register_forward_pre_hook(head_called(name)) for name, module in modules]
     try:
         step()
     finally:
         denoiser.family = family.family
         del denoiser.features, method.updates
+        for handle in handles:
+            handle.remove()
     return turns
 
 
@@ -161,6 +182,7 @@ class Bare:
         full = [role for role in roles if not roles.is_adapter(role)]
         self.networks = {BASE: roles.base} | {role: roles.network(role) for role in full}
         self.networks = {name: copy.deepcopy(network) for name, network in self.networks.items()}
+        self.heads = {name: copy.deepcopy(module) for name, module in trainer.networks.modules.items()}
         for name, layer in adapter_layers(self.networks[BASE]):
             parent, _, child = name.rpartition(".")
             setattr(self.networks[BASE].get_submodule(parent), child, LowRank(layer, self.at_work))
@@ -183,6 +205,10 @@ class Bare:
                 x = call.x.requires_grad_(True) if call.input_grad else call.x.detach()
                 outputs += self._call(call, x)
                 leaves += [x] if call.input_grad else []
+            for head in turn.heads:
+                given = [one.detach().requires_grad_(graph) for one, graph in zip(head.given, head.graphs, strict=True)]
+                outputs.append(self.heads[head.name](*given))
+                leaves += [one for one in given if one.requires_grad]
             if outputs:
                 torch.stack([output.float().sum() for output in outputs]).sum().backward(inputs=leaves)
             for group in turn.trains:
@@ -213,6 +239,8 @@ class Bare:
         return list(found.values()) if call.with_graph else []
 
     def _parameters(self, group: str, full: list[str]) -> list[nn.Parameter]:
+        if group in self.heads:
+            return list(self.heads[group].parameters())
         if group in full:
             return list(self.networks[group].requires_grad_(True).parameters())
         layers = [module for module in self.networks[BASE].modules() if isinstance(module, LowRank)]
