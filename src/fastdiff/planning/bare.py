@@ -206,7 +206,9 @@ class Bare:
                 outputs += self._call(call, x)
                 leaves += [x] if call.input_grad else []
             for head in turn.heads:
-                given = [one.detach().requires_grad_(graph) for one, graph in zip(head.given, head.graphs, strict=True)]
+                given = [
+                    one.detach().requires_grad_(graph) for one, graph in zip(head.given, head.graphs, strict=True)
+                ]
                 outputs.append(self.heads[head.name](*given))
                 leaves += [one for one in given if one.requires_grad]
             if outputs:
