@@ -59,11 +59,13 @@ SCORES = {  # methods whose student is trained by scores of its own samples
         "timesteps": FOUR,
         "gan_weight": 0.0,
         "high_noise_steps": 4,
+        "student_update_every": 5,
     },  # its GAN judges pictures
-    "rcm": {"guidance_scale": 1.0, "timesteps": FOUR, "update_rule": "every", "student_update_every": 2},
 }
 # Few and long solver steps and no average of the target: runs are too short for the papers' to reach the noisy end.
 SHORT = {"guidance_scale": 1.0, "num_ddim_timesteps": 20, "target_decay": 0.0}
+# Continuous times wide enough that the noisy end, where sampling starts, is trained at all.
+WIDE = {"guidance_scale": 1.0, "time_mean": 0.0, "time_std": 1.6}
 PATHS = {  # methods that follow the teacher's trajectory
     "lcm": SHORT | {"num_inference_steps": 1},
     "ctm": SHORT | {"num_inference_steps": 1},
@@ -72,13 +74,23 @@ PATHS = {  # methods that follow the teacher's trajectory
     "scott": SHORT | {"num_inference_steps": 1},
     "kd": {"start_timestep": START},
     "rfpp": {"start_timestep": START, "perceptual_weight": 0.0},
-    "perflow": {"guidance_scale": 1.0},
-    "meanflow": {"guidance_scale": 1.0, "instant_share": 0.25, "norm_constant": 1e-2},
+    # Velocities jump at a window's edge, where sampling reads them; the networks' few time features smooth that jump.
+    "perflow": {"guidance_scale": 1.0, "windows": 2, "solver_steps": 16, "prompt_dropout": 0.0},
+    "meanflow": WIDE | {"timesteps": (START,), "instant_share": 0.25, "clean_share": 0.25, "norm_constant": 1e-2},
     "boot": {"guidance_scale": 1.0, "num_ddim_timesteps": 25},
     "freeflow": {"guidance_scale": 1.0, "norm_constant": 1e-2},
     "apex": {"guidance_strength": 0.0},
     "guidance_distillation": {"guidance_scale": 1.0, "num_inference_steps": 25},
     "score_matching": {},
+}
+
+GENTLE = {  # factors of the world's learning rate and steps, for methods that its own throw off course
+    "flash_dmd": (0.2, 2.0),
+    "ladd": (0.2, 3.0),
+    "ctm": (0.3, 2.0),
+    "meanflow": (0.2, 2.0),
+    "freeflow": (0.1, 2.0),
+    "apex": (0.2, 1.0),
 }
 
 
@@ -87,9 +99,10 @@ def plan(method: str, world: str) -> list[Stage] | str:
     effort = EFFORTS[world]
     if method in _STAGED:
         return _STAGED[method](effort, world)
+    rate, share = GENTLE.get(method, (1.0, 1.0))
     if method in SCORES:
-        return [score_stage(method, SCORES[method], effort)]
-    return [path_stage(method, PATHS[method], effort)]
+        return [score_stage(method, SCORES[method], effort, share, learning_rate=rate * effort.score_rate)]
+    return [path_stage(method, PATHS[method], effort, share, learning_rate=rate * effort.path_rate)]
 
 
 def score_stage(method: str, config: Mapping[str, Any], effort: Effort, share: float = 1.0, **settings: Any) -> Stage:
@@ -167,13 +180,22 @@ def _slimflow(effort: Effort, world: str) -> list[Stage]:
 
 
 def _scm(effort: Effort, world: str) -> list[Stage]:
-    config = {"guidance_scale": 1.0, "time_mean": 0.0, "tangent_warmup": round(0.4 * effort.path_steps)}
-    return [path_stage("scm", config, effort, 1.5, learning_rate=effort.path_rate / 6, adam_beta2=0.99)]
+    config = WIDE | {"timesteps": (START,), "tangent_warmup": round(0.4 * effort.path_steps)}
+    return [path_stage("scm", config, effort, 1.5, learning_rate=effort.path_rate / 5, adam_beta2=0.99)]
+
+
+def _rcm(effort: Effort, world: str) -> list[Stage]:
+    updates = {"timesteps": FOUR, "update_rule": "every", "student_update_every": 2}
+    config = WIDE | updates | {"tangent_warmup": round(0.5 * effort.score_steps)}
+    return [score_stage("rcm", config, effort, 2.0, learning_rate=0.3 * effort.score_rate)]
 
 
 def _tcm(effort: Effort, world: str) -> list[Stage]:
-    first = path_stage("lcm", PATHS["lcm"], effort, 0.5)
-    return [first, path_stage("tcm", {"step_stage": 2}, effort, 0.5, learning_rate=effort.path_rate / 3)]
+    gentle = {"learning_rate": effort.path_rate / 5}
+    return [
+        path_stage("lcm", PATHS["lcm"], effort, 1.5, **gentle),
+        path_stage("tcm", {"step_stage": 2}, effort, 1.5, **gentle),
+    ]
 
 
 def _disback(effort: Effort, world: str) -> list[Stage]:
@@ -201,6 +223,7 @@ _STAGED = {
     "rectified_flow": _instaflow,
     "slimflow": _slimflow,
     "scm": _scm,
+    "rcm": _rcm,
     "tcm": _tcm,
     "disback": _disback,
     "phased_dmd": _phased,
