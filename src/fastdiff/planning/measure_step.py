@@ -31,9 +31,11 @@ NETWORKS_ONLY: dict[str, dict[str, Any]] = {
     "flash_dmd": {"gan_weight": 0.0, "high_noise_steps": 4},
     "rfpp": {"perceptual_weight": 0.0},
     "msd": {"students": 1},
+    "disback": {"degradation_steps": 2, "path_nodes": 1},
+    "rcm": {"tangent_warmup": 1},
 }
 """Where a method's defaults decode samples to look at pixels, its latent form is measured; msd is measured as one
-student, since what is routed is chosen with the data."""
+student, since what is routed is chosen with the data; what opens a run is short, so that its later turns are seen."""
 _HORIZON = 64
 """Steps that are searched for turns of every kind."""
 
