@@ -206,7 +206,10 @@ def main() -> None:
     parser.add_argument("--prompts", type=Path, default=PROMPTS, help="file of training prompts")
     parser.add_argument("--output_dir", type=Path, default=Path("runs/first-hour"))
     parser.add_argument("--max_train_steps", type=int, default=200)
+    parser.add_argument("--plan_only", action="store_true", help="print what it would need, and train nothing")
     arguments, extra = parser.parse_known_args()
+    if len(extra) % 2 or not all(name.startswith("--") for name in extra[::2]):
+        parser.error(f"flags of `fastdiff distill` are given as --name value, got {' '.join(extra)}")
 
     import torch
 
@@ -221,6 +224,8 @@ def main() -> None:
     recipe = recipe_of(arguments, extra)
     plan = plan_recipe(recipe, cached=True)
     print(f"planned: {plan.needed / GIB:.2f} GiB, fullest in {plan.fullest}")
+    if arguments.plan_only:
+        return
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     before = 0 if device.type == "cuda" else peak_memory(device)
     student = run_recipe(recipe)

@@ -18,6 +18,20 @@ def _run(teacher, folder, monkeypatch):
     return text, {line.split("|")[1].strip(): line.split("|")[-2].strip() for line in text.splitlines() if "|" in line}
 
 
+def test_flags_that_come_apart_are_named(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", [str(SCRIPT), "--lora_rank", "4", "--resolution"])
+    with pytest.raises(SystemExit, match="2"):
+        runpy.run_path(str(SCRIPT), run_name="__main__")
+    assert "--name value, got --lora_rank 4 --resolution" in capsys.readouterr().err
+
+
+def test_a_plan_alone_trains_nothing(tmp_path, monkeypatch, capsys):
+    folder = tmp_path / "run"
+    monkeypatch.setattr(sys, "argv", [str(SCRIPT), "--output_dir", str(folder), "--plan_only", "--lora_rank", "4"])
+    runpy.run_path(str(SCRIPT), run_name="__main__")
+    assert "planned: 0." in capsys.readouterr().out and not folder.exists()
+
+
 @pytest.mark.slow
 def test_an_sdxl_teacher_goes_the_way_of_the_large_one(tiny_sdxl_folder, tmp_path, monkeypatch):
     """The published SDXL recipe: four steps, two text encoders, time ids, bfloat16."""

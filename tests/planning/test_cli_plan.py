@@ -6,6 +6,7 @@ import pytest
 
 from fastdiff.cli import main
 from fastdiff.cli.plan import read_size
+from fastdiff.planning.blueprint import blueprint_of
 
 RECIPE = """
 method: dmd2
@@ -44,6 +45,12 @@ def test_a_plan_that_fits_is_a_table(recipe, capsys):
     assert "batch 1, 4 device(s)" in out and "fits into 22.35 GiB" in out
     for word in ("frozen weights", "gradients", "optimizer", "activations", "gradient exchange", "student"):
         assert word in out
+
+
+def test_the_flow_teacher_is_planned_from_its_own_network_and_the_other_parts():
+    blueprint = blueprint_of("embedded-flow")
+    assert blueprint.network["_class_name"] == "SD3Transformer2DModel" and len(blueprint.text_encoders) == 2
+    assert blueprint.autoencoder == blueprint_of("embedded").autoencoder
 
 
 def test_sizes_are_read_in_both_units():

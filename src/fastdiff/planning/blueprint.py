@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from fastdiff.models.embedded import EMBEDDED, SHIPPED
+from fastdiff.models.embedded import EMBEDDED, EMBEDDED_FLOW, SHIPPED
 from fastdiff.models.families import family_of
 
 CONFIGS = Path(__file__).with_name("configs")
@@ -47,7 +47,7 @@ def blueprint_of(source: str, like: str | None = None) -> Blueprint:
     """The parts of a teacher.
 
     Args:
-        source: `embedded`, a pipeline folder (its configs suffice), or the Hub id of a known public teacher.
+        source: `embedded`, `embedded-flow`, a pipeline folder (its configs suffice), or the Hub id of a known public teacher.
         like: plan as if the teacher were this one: the name of a shipped file in `configs`, or a folder.
 
     Raises:
@@ -57,7 +57,9 @@ def blueprint_of(source: str, like: str | None = None) -> Blueprint:
     known = sorted(path.stem for path in CONFIGS.glob("*.json"))
     if wanted in known:
         return Blueprint(**json.loads((CONFIGS / f"{wanted}.json").read_text(encoding="utf-8")))
-    folder = SHIPPED[EMBEDDED] if wanted == EMBEDDED else Path(wanted)
+    if wanted == EMBEDDED_FLOW:
+        return _embedded_flow()
+    folder = SHIPPED.get(wanted, Path(wanted))
     if not (folder / "model_index.json").is_file():
         raise FileNotFoundError(
             f"the configs of teacher {wanted!r} are not at hand: give --like {'|'.join(known)}, or a pipeline folder "
@@ -66,16 +68,30 @@ def blueprint_of(source: str, like: str | None = None) -> Blueprint:
     return _of_folder(folder)
 
 
-def _of_folder(folder: Path) -> Blueprint:
-    def read(part: str, name: str = "config.json") -> dict[str, Any]:
-        return json.loads((folder / part / name).read_text(encoding="utf-8"))
+def _embedded_flow() -> Blueprint:
+    """Its own network and scheduler among the embedded teacher's parts; one text encoder serves as two."""
+    own, parts = SHIPPED[EMBEDDED_FLOW], SHIPPED[EMBEDDED]
+    encoder = _read(parts / "text_encoder") | {"architectures": ["CLIPTextModelWithProjection"]}
+    return Blueprint(
+        pipeline="StableDiffusion3Pipeline",
+        network=_read(own / "transformer"),
+        autoencoder=_read(parts / "vae"),
+        scheduler=_read(own / "scheduler", "scheduler_config.json"),
+        text_encoders=(encoder, encoder),
+    )
 
-    index = json.loads((folder / "model_index.json").read_text(encoding="utf-8"))
+
+def _read(folder: Path, name: str = "config.json") -> dict[str, Any]:
+    return json.loads((folder / name).read_text(encoding="utf-8"))
+
+
+def _of_folder(folder: Path) -> Blueprint:
+    index = _read(folder, "model_index.json")
     encoders = sorted(name for name in index if name.startswith("text_encoder") and index[name][0])
     return Blueprint(
         pipeline=index["_class_name"],
-        network=read(family_of(index["_class_name"]).network_name),
-        autoencoder=read("vae"),
-        scheduler=read("scheduler", "scheduler_config.json"),
-        text_encoders=tuple(read(name) for name in encoders),
+        network=_read(folder / family_of(index["_class_name"]).network_name),
+        autoencoder=_read(folder / "vae"),
+        scheduler=_read(folder / "scheduler", "scheduler_config.json"),
+        text_encoders=tuple(_read(folder / name) for name in encoders),
     )
