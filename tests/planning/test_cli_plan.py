@@ -1,6 +1,7 @@
 """`fastdiff plan`: text, JSON, advice, and errors that say what to do."""
 
 import json
+from pathlib import Path
 
 import pytest
 
@@ -8,6 +9,7 @@ from fastdiff.cli import main
 from fastdiff.cli.plan import read_size
 from fastdiff.planning.blueprint import blueprint_of
 
+RECIPES = Path(__file__).resolve().parents[2] / "training" / "recipes"
 RECIPE = """
 method: dmd2
 pretrained_teacher_model: {teacher}
@@ -45,6 +47,14 @@ def test_a_plan_that_fits_is_a_table(recipe, capsys):
     assert "batch 1, 4 device(s)" in out and "fits into 22.35 GiB" in out
     for word in ("frozen weights", "gradients", "optimizer", "activations", "gradient exchange", "student"):
         assert word in out
+
+
+def test_a_run_on_images_encodes_them_unless_they_are_cached(capsys):
+    recipe = str(RECIPES / "embedded" / "lcm.yaml")
+    assert main(["plan", recipe, "train_batch_size=2"]) == 0
+    assert capsys.readouterr().out.splitlines()[1].split()[-1] == "encode"  # the table's last phase
+    assert main(["plan", recipe, "train_batch_size=2", "--cached"]) == 0
+    assert capsys.readouterr().out.splitlines()[1].split()[-1] != "encode"
 
 
 def test_the_flow_teacher_is_planned_from_its_own_network_and_the_other_parts():

@@ -230,7 +230,7 @@ def _between_steps(tracker: MemoryTracker, trainer: Trainer, images: bool) -> No
     trainer.teacher.decode(torch.zeros(1, *shape))
     if images:
         tracker.start(ENCODE)
-        trainer.teacher.encodeimages_of(images_of(trainer, settings.train_batch_size))
+        trainer.teacher.encode_images(images_of(trainer, settings.train_batch_size))
 
 
 def _elsewhere(network: nn.Module) -> contextlib.AbstractContextManager:
