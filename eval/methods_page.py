@@ -11,7 +11,7 @@ from pathlib import Path
 from analytic import read_rows, table
 
 from fastdiff.data.files import write_aside
-from fastdiff.evaluation.leaderboard import markdown, read_entries
+from fastdiff.evaluation.leaderboard import Entry, markdown, read_entries
 from fastdiff.recipes.declared import declared_methods
 from fastdiff.recipes.recipe import read_yaml
 
@@ -21,7 +21,7 @@ HEAD = """# Methods
 
 Made by `python eval/methods_page.py`; do not edit. `fastdiff distill --method NAME --help` explains every option, and
 the equation stands in the docstring of `src/fastdiff/methods/`. "needs" is what the data must hold at the least; "LoRA"
-and "full" are the kinds of student.
+and "full" are the kinds of student. "embedded teacher" is the best of the scores below.
 """
 BOARD = """
 ## Scores on the embedded teacher
@@ -73,14 +73,14 @@ def recipes_by_method() -> dict[str, list[Path]]:
 def page() -> str:
     """The whole page as text."""
     recipes, families = recipes_by_method(), {}
+    board = read_entries(ROOT / "eval" / "leaderboard.json")
     for method in declared_methods():
         families.setdefault(method.info["family"], []).append(method.info)
     text = [HEAD]
     for family, methods in families.items():
         text.append(f"\n## {family[0].upper()}{family[1:]}\n")
-        text.append("| method | paper | needs | student | steps | recipes | status |\n|" + " --- |" * 7)
-        text += [_line(info, recipes.get(info["name"], [])) for info in methods]
-    board = read_entries(ROOT / "eval" / "leaderboard.json")
+        text.append("| method | paper | needs | student | steps | recipes | embedded teacher |\n|" + " --- |" * 7)
+        text += [_line(info, recipes.get(info["name"], []), board) for info in methods]
     closed = read_rows(ROOT / "eval" / "results" / "analytic.json")
     text += [BOARD + markdown(board)] if board else []
     text += [PICTURES] if (PAGE.parent / "images" / "methods.png").is_file() else []
@@ -98,12 +98,21 @@ def _costs(rows: dict[str, dict]) -> str:
     )
 
 
-def _line(info: dict, recipes: list[Path]) -> str:
+def _line(info: dict, recipes: list[Path], board: list[Entry]) -> str:
     kinds = ", ".join("LoRA" if kind == "lora" else kind for kind in info["student_kinds"])
     links = ", ".join(f"[{path.parent.name}/{path.stem}](../{path.relative_to(ROOT).as_posix()})" for path in recipes)
     paper = f"[{info['paper']}](https://arxiv.org/abs/{info['arxiv']})"
-    cells = [f"`{info['name']}`", paper, ", ".join(info["needs"]), kinds, info["steps"], links, info["status"]]
+    cells = [f"`{info['name']}`", paper, ", ".join(info["needs"]), kinds, info["steps"], links]
+    cells.append(_best([entry for entry in board if entry.method == info["name"]]))
     return "| " + " | ".join(cells) + " |"
+
+
+def _best(entries: list[Entry]) -> str:
+    """The lowest Frechet distance to real pictures, and the steps it took."""
+    if not entries:
+        return "not scored"
+    best = min(entries, key=lambda entry: entry.metrics["fid"])
+    return f"FD {best.metrics['fid']:.1f} at {best.steps} step{'s' if best.steps > 1 else ''}"
 
 
 def main() -> None:

@@ -48,7 +48,7 @@ def test_methods_as_json(capsys):
     assert main(["methods", "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
     assert [entry["name"] for entry in found] == [method.info.name for method in METHODS]
-    wanted = {"name", "family", "paper", "arxiv", "needs", "student_kinds", "steps", "status"}
+    wanted = {"name", "family", "paper", "arxiv", "needs", "student_kinds", "steps"}
     assert all(wanted <= entry.keys() for entry in found)
     assert main(["methods"]) == 0
     assert "2405.14867" in capsys.readouterr().out

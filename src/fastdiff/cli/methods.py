@@ -8,7 +8,7 @@ from fastdiff.cli.parsing import Parser
 from fastdiff.recipes.declared import declared_methods
 
 HELP = "list the distillation methods"
-COLUMNS = ("name", "family", "needs", "student_kinds", "steps", "arxiv", "status")
+COLUMNS = ("name", "family", "needs", "student_kinds", "steps", "arxiv")
 
 
 def main(arguments: list[str]) -> int:

@@ -37,7 +37,6 @@ class MethodInfo:
     needs: tuple[Need, ...]
     student_kinds: tuple[StudentKind, ...]
     steps: str
-    status: str = "closed forms tested, not scored yet"
 
 
 @dataclass(frozen=True)

@@ -42,7 +42,6 @@ class DMD2(AdversarialScoreGap):
         needs=("prompts",),
         student_kinds=("lora", "full"),
         steps="1-8",
-        status="scored on the embedded teacher",
     )
     Config = DMD2Config
     config: DMD2Config

@@ -61,7 +61,6 @@ class LCM(GuidanceInput, Trajectory):
         needs=("images",),
         student_kinds=("lora", "full"),
         steps="1-8",
-        status="scored on the embedded teacher",
     )
     Config = LCMConfig
     config: LCMConfig
