@@ -13,15 +13,23 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
 
 
-def train(recipe: Path, seed: int, folder: Path, extra: list[str]) -> list[str]:
+def students(recipe: Any, folder: Path) -> list[Path]:
+    """The student's folder, or those of all stages; the last is scored."""
+    from fastdiff.recipes.stages import stage_folders
+
+    return [own / "student" for own in (stage_folders(recipe) if recipe.stages else [folder])]
+
+
+def train(recipe: Path, seed: int, folder: Path, student: Path, extra: list[str]) -> list[str]:
     """Runs `fastdiff distill` in a process of its own, so that its peak memory is its own; returns the command."""
     command = [sys.executable, "-m", "fastdiff", "distill", "--config", str(recipe), "--seed", str(seed)]
     command += ["--output_dir", str(folder), "--resume_from_checkpoint", "latest", *extra]
-    if not (folder / "student" / "fastdiff.json").is_file():
+    if not (student / "fastdiff.json").is_file():
         subprocess.run(command, check=True, cwd=ROOT)
     return ["fastdiff", *command[3:]]
 
@@ -42,6 +50,7 @@ def finished(done: set, recipe: str, seed: int, steps: list[int] | None) -> bool
 def main() -> None:
     from fastdiff.evaluation.baselines import SHIPPED
     from fastdiff.evaluation.leaderboard import markdown, read_entries, write_entries
+    from fastdiff.recipes import resolve
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--recipes", type=Path, nargs="+", required=True)
@@ -61,27 +70,29 @@ def main() -> None:
             if finished(done, recipe.stem, seed, arguments.steps):
                 continue
             folder = arguments.runs / f"{recipe.stem}-{seed}"
-            command = train(recipe, seed, folder, extra)
-            for entry in entries_of(folder / "student", recipe, seed, command, arguments, done):
+            resolved = resolve({"output_dir": str(folder)}, recipe)
+            folders = students(resolved, folder)
+            command = train(recipe, seed, folder, folders[-1], extra)
+            table = "matched" if float(resolved.values.get("guidance_scale", 1.0)) == 1.0 else "guided"
+            for entry in entries_of(folders, table, recipe, seed, command, arguments, done):
                 # Read again: another process may have written rows meanwhile.
                 write_entries(arguments.output, [*read_entries(arguments.output), entry])
     print(markdown(read_entries(arguments.output)))
 
 
-def entries_of(folder: Path, recipe: Path, seed: int, command: list[str], arguments, done: set):
-    """Scores one student at each step count."""
+def entries_of(folders: list[Path], table: str, recipe: Path, seed: int, command: list[str], arguments, done: set):
+    """Scores the last of the students at each step count; what it cost is the sum over all."""
     from fastdiff.evaluation import evaluate, open_protocol
     from fastdiff.evaluation.baselines import load_rows
     from fastdiff.evaluation.leaderboard import Entry, metrics_of, score_against
     from fastdiff.methods import method_named
     from fastdiff.recipes import Student
 
-    student, benchmark = Student(folder), open_protocol(arguments.protocol)
+    student, benchmark = Student(folders[-1]), open_protocol(arguments.protocol)
+    efforts = [Student(folder).record.effort for folder in folders]
     rows = load_rows(arguments.baselines, benchmark)
     teacher = next(row for row in rows if row.name == "teacher")
     record, pipeline = student.record, student.pipeline()
-    values = record.recipe
-    table = "matched" if float(values.get("guidance_scale", 1.0)) == 1.0 else "guided"
     info = method_named(record.method).info
     for steps in arguments.steps or [len(student.sampler)]:
         if (recipe.stem, seed, steps) in done:
@@ -98,9 +109,9 @@ def entries_of(folder: Path, recipe: Path, seed: int, command: list[str], argume
             steps=steps,
             seed=seed,
             network_calls=row.network_calls,
-            train_network_passes=record.effort["network_passes"],
-            train_seconds=record.effort["seconds"],
-            peak_memory_mib=record.effort["peak_memory_mib"],
+            train_network_passes=sum(effort["network_passes"] for effort in efforts),
+            train_seconds=sum(effort["seconds"] for effort in efforts),
+            peak_memory_mib=max(effort["peak_memory_mib"] for effort in efforts),
             metrics=metrics_of(row),
             teacher_metrics=metrics_of(teacher),
             baseline_metrics=metrics_of(baseline) | {"name": baseline.name},

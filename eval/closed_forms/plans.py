@@ -181,7 +181,7 @@ def _slimflow(effort: Effort, world: str) -> list[Stage]:
 
 def _scm(effort: Effort, world: str) -> list[Stage]:
     config = WIDE | {"timesteps": (START,), "tangent_warmup": round(0.4 * effort.path_steps)}
-    return [path_stage("scm", config, effort, 1.5, learning_rate=effort.path_rate / 5, adam_beta2=0.99)]
+    return [path_stage("scm", config, effort, 1.5, learning_rate=effort.path_rate / 30, adam_beta2=0.99)]
 
 
 def _rcm(effort: Effort, world: str) -> list[Stage]:
@@ -191,10 +191,9 @@ def _rcm(effort: Effort, world: str) -> list[Stage]:
 
 
 def _tcm(effort: Effort, world: str) -> list[Stage]:
-    gentle = {"learning_rate": effort.path_rate / 5}
     return [
-        path_stage("lcm", PATHS["lcm"], effort, 1.5, **gentle),
-        path_stage("tcm", {"step_stage": 2}, effort, 1.5, **gentle),
+        path_stage("lcm", PATHS["lcm"], effort, 1.5, learning_rate=effort.path_rate / 5),
+        path_stage("tcm", {"step_stage": 2}, effort, 1.5, learning_rate=effort.path_rate / 15),
     ]
 
 
