@@ -79,7 +79,6 @@ PATHS = {  # methods that follow the teacher's trajectory
     "meanflow": WIDE | {"timesteps": (START,), "instant_share": 0.25, "clean_share": 0.25, "norm_constant": 1e-2},
     "boot": {"guidance_scale": 1.0, "num_ddim_timesteps": 25},
     "freeflow": {"guidance_scale": 1.0, "norm_constant": 1e-2},
-    "apex": {"guidance_strength": 0.0},
     "guidance_distillation": {"guidance_scale": 1.0, "num_inference_steps": 25},
     "score_matching": {},
 }
@@ -87,10 +86,13 @@ PATHS = {  # methods that follow the teacher's trajectory
 GENTLE = {  # factors of the world's learning rate and steps, for methods that its own throw off course
     "flash_dmd": (0.2, 2.0),
     "ladd": (0.2, 3.0),
+    "lcm": (0.2, 4.0),
+    "tcd": (0.2, 4.0),
+    "scott": (0.2, 3.0),
+    "pcm": (0.2, 3.0),
     "ctm": (0.3, 2.0),
     "meanflow": (0.2, 2.0),
     "freeflow": (0.1, 2.0),
-    "apex": (0.2, 1.0),
 }
 
 
@@ -150,16 +152,20 @@ def _tscd(effort: Effort, world: str) -> list[Stage]:
 def _lightning(effort: Effort, world: str) -> list[Stage]:
     common = {"num_inference_steps": 4, "teacher_steps": 2}
     squares = {"objective": "mse", "num_inference_steps": 8, "teacher_steps": 4}
-    gentle = {"learning_rate": effort.path_rate / 10}
+    first, then = ({"learning_rate": effort.path_rate * factor} for factor in (0.3, 0.03))
     return [
-        path_stage("lightning", squares, effort),
+        path_stage("lightning", squares, effort, **first),
         path_stage(
-            "lightning", common | {"objective": "conditional", "stage_teacher": "previous"}, effort, 0.4, **gentle
+            "lightning", common | {"objective": "conditional", "stage_teacher": "previous"}, effort, 0.4, **then
         ),
-        path_stage(
-            "lightning", common | {"objective": "unconditional", "stage_teacher": "kept"}, effort, 0.2, **gentle
-        ),
+        path_stage("lightning", common | {"objective": "unconditional", "stage_teacher": "kept"}, effort, 0.2, **then),
     ]
+
+
+def _apex(effort: Effort, world: str) -> list[Stage]:
+    # Its own samples are its adversary, and momentum makes that play swing.
+    gentle = {"learning_rate": effort.path_rate / 5, "adam_beta1": 0.0}
+    return [path_stage("apex", {"guidance_strength": 0.0}, effort, 2.0, **gentle)]
 
 
 def _instaflow(effort: Effort, world: str) -> list[Stage]:
@@ -181,7 +187,7 @@ def _slimflow(effort: Effort, world: str) -> list[Stage]:
 
 def _scm(effort: Effort, world: str) -> list[Stage]:
     config = WIDE | {"timesteps": (START,), "tangent_warmup": round(0.4 * effort.path_steps)}
-    return [path_stage("scm", config, effort, 1.5, learning_rate=effort.path_rate / 30, adam_beta2=0.99)]
+    return [path_stage("scm", config, effort, 3.0, learning_rate=effort.path_rate / 30, adam_beta2=0.99)]
 
 
 def _rcm(effort: Effort, world: str) -> list[Stage]:
@@ -192,8 +198,8 @@ def _rcm(effort: Effort, world: str) -> list[Stage]:
 
 def _tcm(effort: Effort, world: str) -> list[Stage]:
     return [
-        path_stage("lcm", PATHS["lcm"], effort, 1.5, learning_rate=effort.path_rate / 5),
-        path_stage("tcm", {"step_stage": 2}, effort, 1.5, learning_rate=effort.path_rate / 15),
+        path_stage("lcm", PATHS["lcm"], effort, 3.0, learning_rate=effort.path_rate / 5),
+        path_stage("tcm", {"step_stage": 2}, effort, 3.0, learning_rate=effort.path_rate / 15),
     ]
 
 
@@ -223,6 +229,7 @@ _STAGED = {
     "slimflow": _slimflow,
     "scm": _scm,
     "rcm": _rcm,
+    "apex": _apex,
     "tcm": _tcm,
     "disback": _disback,
     "phased_dmd": _phased,
