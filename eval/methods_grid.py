@@ -41,12 +41,19 @@ def teacher_rows(prompts: list[str]) -> list[tuple[str, Tensor]]:
     return [(name, grid_images(pipeline, prompts, steps, 1.0, extra=SIZE)) for steps, name in names.items()]
 
 
-def student_row(folder: Path, prompts: list[str]) -> tuple[str, Tensor]:
+def last_student(run: Path) -> Path | None:
+    """The student of a run, of its last stage where it has stages; None if it is not finished."""
+    stages = sorted(run.glob("stage-*"), key=lambda stage: int(stage.name.split("-")[1]))
+    folder = (stages or [run])[-1] / "student"
+    return folder if (folder / "fastdiff.json").is_file() else None
+
+
+def student_row(run: Path, prompts: list[str]) -> tuple[str, Tensor]:
     """One student at its own steps."""
-    student = Student(folder / "student")
+    student = Student(last_student(run))
     steps = len(student.sampler)
     images = grid_images(student.pipeline(), prompts, steps, student.sampler.guidance_scale, extra=SIZE)
-    recipe = folder.name.rsplit("-", 1)[0]
+    recipe = run.name.rsplit("-", 1)[0]
     return f"{recipe}, {steps} step{'s' if steps > 1 else ''}", images
 
 
@@ -56,8 +63,8 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=ROOT / "docs" / "images" / "methods.png")
     arguments = parser.parse_args()
     prompts = list(PROMPTS)
-    folders = sorted(path.parent for path in arguments.runs.glob("*-0/student") if path.is_dir())
-    rows = teacher_rows(prompts) + [student_row(folder, prompts) for folder in folders]
+    runs = sorted(run for run in arguments.runs.glob("*-0") if last_student(run))
+    rows = teacher_rows(prompts) + [student_row(run, prompts) for run in runs]
     print(save_picture(draw_grid(rows, prompts, cell=64), arguments.output))
 
 
