@@ -21,7 +21,7 @@ ROOT = Path(__file__).resolve().parents[1]
 
 def row_of(method: str, world: Any, seed: int, runs: Path) -> dict[str, Any]:
     """Trains and judges."""
-    from closed_forms.figures import HEADLINES, figures, floor, score, undistilled
+    from closed_forms.figures import figures, floor, score, undistilled
     from closed_forms.plans import plan
     from closed_forms.runs import run
 
@@ -39,7 +39,7 @@ def row_of(method: str, world: Any, seed: int, runs: Path) -> dict[str, Any]:
         "steps": outcome.steps,
         "train_network_passes": outcome.network_passes,
         "train_seconds": round(outcome.seconds, 2),
-        "headline": HEADLINES[world.name],
+        "headline": world.headline,
         "score": score(world, found, outcome.calls),
         "figures": found,
         "floor": floor(world),

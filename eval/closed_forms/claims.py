@@ -1,7 +1,4 @@
-"""Papers' claims as two ways to train whose difference has a predicted sign, in the world where it shows at least cost.
-
-What a claim needs and no closed form has (a reference of guided samples, several teachers) is said instead of arms.
-"""
+"""Papers' claims as two ways to train whose difference has a predicted sign, in the world where it shows at least cost."""
 
 from __future__ import annotations
 
@@ -9,11 +6,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 from closed_forms.plans import EFFORTS, FOUR, ONE, SHORT, START, Stage, path_stage, plan, score_stage
-from closed_forms.worlds import WORLDS, World, small_rings
+from closed_forms.worlds import WORLDS, World, equal_rings, far_rings, small_rings
 
 MIXTURE, KERNEL = EFFORTS["mixture"], EFFORTS["kernel"]
 FEW_SAMPLES = replace(WORLDS["mixture"], samples=500)  # where the law is compared often
-SMALL_RINGS = World("mixture", small_rings, 0, WORLDS["mixture"].samples)
+SMALL_RINGS = replace(WORLDS["mixture"], build=small_rings, pretrain_steps=0)
+FAR_RINGS = replace(WORLDS["mixture"], name="far rings", build=far_rings)
+EQUAL_RINGS = replace(WORLDS["mixture"], name="equal rings", build=equal_rings)
 
 
 @dataclass(frozen=True)
@@ -25,6 +24,16 @@ class Counted:
 
 
 @dataclass(frozen=True)
+class Scored:
+    """An arm of the leaderboard: a recipe of the embedded teacher, at its own steps."""
+
+    recipe: str
+
+
+Arm = Sequence[Stage] | Counted | Scored
+
+
+@dataclass(frozen=True)
 class Claim:
     """One falsifiable direction.
 
@@ -33,11 +42,12 @@ class Claim:
         arxiv: of the paper.
         text: what is predicted of the first arm.
         figure: what is compared, less is better: one of `figures`, or of the headline over a run `swing` (mean change
-            between two previews in the second half) or `area` (mean over all previews).
+            between two previews in the second half) or `area` (mean over all previews), or `spread` (largest less
+            smallest headline over all worlds), or of the leaderboard `fid`.
         arms: by name, what is trained; the first is predicted to be better than each other.
         margin: by how much, as a share, the first may be worse; for claims of equality.
         world: where.
-        reason: why it is not tested here, when there are no arms.
+        more_worlds: where else each arm is trained.
         limits: what the test does not cover.
     """
 
@@ -45,10 +55,10 @@ class Claim:
     arxiv: str
     text: str
     figure: str = "sliced_wasserstein"
-    arms: Mapping[str, Sequence[Stage] | Counted] = field(default_factory=dict)
+    arms: Mapping[str, Arm] = field(default_factory=dict)
     margin: float = 0.0
     world: World = WORLDS["mixture"]
-    reason: str = ""
+    more_worlds: tuple[World, ...] = ()
     limits: str = ""
 
 
@@ -65,6 +75,10 @@ def _dmd2(**config) -> Stage:
 def _guided(**config) -> list[Stage]:
     common = {"guidance_scale": 3.0, "timesteps": (START,), "student_update_every": 2}
     return [score_stage("decoupled_dmd", common | config, MIXTURE)]
+
+
+def _shared_guidance(method: str, **config) -> list[Stage]:
+    return [score_stage(method, {"timesteps": (START,)} | config, MIXTURE)]
 
 
 def _students(count: int) -> list[Stage]:
@@ -240,13 +254,21 @@ CLAIMS = (
     Claim(
         "decoupled_schedules",
         "2511.22677",
-        "decoupled schedules are better than coupled ones",
-        reason="guidance has no law of its own to compare with in closed form; for the embedded teacher",
+        "guidance at noise levels below the student's input is better than guidance at all of them, as matching has",
+        "fid",
+        {"decoupled": Scored("decoupled_dmd"), "coupled": Scored("decoupled_dmd_coupled")},
+        limits="four steps at w = 1.5",
     ),
     Claim(
         "random_guidance",
         "2412.02687",
-        "random guidance is steadier across teachers than a fixed one",
-        reason="needs several guided teachers",
+        "guidance drawn from (0.5, 4) is steadier across teachers than its mean for all",
+        "spread",
+        {
+            "random": _shared_guidance("pg_sb", guidance_range=(0.5, 4.0)),
+            "fixed": _shared_guidance("swiftbrush", guidance_scale=2.25),
+        },
+        more_worlds=(FAR_RINGS, EQUAL_RINGS),
+        limits="over three pairs of rings: one in the other, far apart, and of one size half overlapping",
     ),
 )

@@ -14,7 +14,6 @@ from fastdiff.diffusion.randomness import Randomness
 from fastdiff.models.analytic import AnalyticTeacher
 from fastdiff.models.sampler import SamplerSpec
 
-HEADLINES = {"gaussian": "wasserstein", "mixture": "sliced_wasserstein", "kernel": "total_variation"}
 STARTS = (999, 899, 749, 599, 449, 299)
 _DIRECTIONS = 64
 
@@ -69,14 +68,13 @@ def undistilled(world: World, calls: int) -> dict[str, float]:
     for start in STARTS:
         spec = SamplerSpec.trailing("ddim", calls, start)
         rows.append(figures(teacher, teacher_samples(teacher, spec, z, labels), labels) | {"start": start})
-    return min(rows, key=lambda row: row[HEADLINES[world.name]])
+    return min(rows, key=lambda row: row[world.headline])
 
 
 def score(world: World, found: dict[str, float], calls: int) -> float:
     """Excess of the headline over the floor, as a share of the best undistilled sampling's: 0 is perfect."""
-    name = HEADLINES[world.name]
-    least = floor(world)[name]
-    return (found[name] - least) / (undistilled(world, calls)[name] - least)
+    least = floor(world)[world.headline]
+    return (found[world.headline] - least) / (undistilled(world, calls)[world.headline] - least)
 
 
 def _gaussian_figures(law: Gaussian, samples: Tensor) -> dict[str, float]:

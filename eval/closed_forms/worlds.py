@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -22,9 +22,22 @@ from fastdiff.models.sampler import SamplerSpec, sample
 
 ROWS = 8192
 PAIR_STEPS = 50  # of DDIM by the exact teacher: the trajectory that pairs and baselines follow
-RINGS = {"inner ring": (0.5, 5), "outer ring": (1.2, 7)}  # radius and number of modes
 RING_CENTRE = (1.0, -0.6)
 RING_BANDWIDTH = 0.08
+
+
+@dataclass(frozen=True)
+class Ring:
+    """Narrow Gaussians of equal weights on a circle, one caption."""
+
+    radius: float
+    modes: int
+    centre: tuple[float, float] = RING_CENTRE
+
+
+NESTED = {"inner ring": Ring(0.5, 5), "outer ring": Ring(1.2, 7)}
+FAR = {"left ring": Ring(0.6, 5, (-1.2, -0.6)), "right ring": Ring(0.6, 7, (1.2, 0.6))}
+EQUAL = {"left ring": Ring(0.9, 5, (0.1, -0.6)), "right ring": Ring(0.9, 7, (1.0, -0.6))}
 
 
 @dataclass(frozen=True)
@@ -36,12 +49,14 @@ class World:
         build: a fresh teacher; its `start` is untrained.
         pretrain_steps: of the network that students and critics start from.
         samples: drawn for each caption when a student is judged.
+        headline: the figure it is judged by.
     """
 
     name: str
     build: Callable[[], AnalyticTeacher]
     pretrain_steps: int
     samples: int
+    headline: str
 
 
 def gaussian() -> AnalyticTeacher:
@@ -51,22 +66,32 @@ def gaussian() -> AnalyticTeacher:
     return AnalyticTeacher.gaussian(mean, cov, start=_network(2, 1, 96, 2), prediction_type="v_prediction")
 
 
-def rings(width: int = 96, depth: int = 2) -> AnalyticTeacher:
-    """Twelve narrow Gaussians in the plane on two rings, which are the two captions; equal weights within a ring."""
+def rings(width: int = 96, depth: int = 2, parts: Mapping[str, Ring] = NESTED) -> AnalyticTeacher:
+    """Narrow Gaussians in the plane on two rings, which are the two captions."""
     points, groups = [], []
-    for group, (radius, count) in enumerate(RINGS.values()):
-        angle = 2 * math.pi * torch.arange(count, dtype=torch.float64) / count
-        points.append(torch.tensor(RING_CENTRE) + radius * torch.stack([angle.cos(), angle.sin()], dim=1))
-        groups += [group] * count
+    for group, ring in enumerate(parts.values()):
+        angle = 2 * math.pi * torch.arange(ring.modes, dtype=torch.float64) / ring.modes
+        points.append(torch.tensor(ring.centre) + ring.radius * torch.stack([angle.cos(), angle.sin()], dim=1))
+        groups += [group] * ring.modes
     law = KernelTeacher(torch.cat(points)[:, :, None, None], torch.tensor(groups), RING_BANDWIDTH)
-    captions = {caption: group for group, caption in enumerate(RINGS)}
+    captions = {caption: group for group, caption in enumerate(parts)}
     start = _network(2, len(captions), width, depth)
     return AnalyticTeacher(law, (2, 1, 1), captions, prediction_type="v_prediction", start=start, source="two-rings")
 
 
 def small_rings() -> AnalyticTeacher:
-    """The same with a student of about a tenth of the weights."""
+    """The nested rings with a student of about a tenth of the weights."""
     return rings(32, 1)
+
+
+def far_rings() -> AnalyticTeacher:
+    """Captions that little noise tells apart: guidance changes little."""
+    return rings(parts=FAR)
+
+
+def equal_rings() -> AnalyticTeacher:
+    """Captions that overlap: guidance changes much."""
+    return rings(parts=EQUAL)
 
 
 def kernel() -> AnalyticTeacher:
@@ -85,9 +110,9 @@ def _network(size: int, captions: int, width: int, depth: int) -> ResidualNet:
 WORLDS = {
     world.name: world
     for world in (
-        World("gaussian", gaussian, 500, 4000),
-        World("mixture", rings, 1200, 4000),
-        World("kernel", kernel, 1000, 1000),
+        World("gaussian", gaussian, 500, 4000, "wasserstein"),
+        World("mixture", rings, 1200, 4000, "sliced_wasserstein"),
+        World("kernel", kernel, 1000, 1000, "total_variation"),
     )
 }
 
