@@ -59,7 +59,7 @@ SCORES = {  # methods whose student is trained by scores of its own samples
         "timesteps": FOUR,
         "gan_weight": 0.0,
         "high_noise_steps": 4,
-        "student_update_every": 5,
+        "student_update_every": 2,
     },  # its GAN judges pictures
 }
 # Few and long solver steps and no average of the target: runs are too short for the papers' to reach the noisy end.
@@ -84,7 +84,7 @@ PATHS = {  # methods that follow the teacher's trajectory
 }
 
 GENTLE = {  # factors of the world's learning rate and steps, for methods that its own throw off course
-    "flash_dmd": (0.2, 2.0),
+    "flash_dmd": (0.2, 3.0),
     "ladd": (0.2, 3.0),
     "lcm": (0.2, 4.0),
     "tcd": (0.2, 4.0),
