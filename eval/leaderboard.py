@@ -19,7 +19,7 @@ ROOT = Path(__file__).resolve().parents[1]
 
 
 def students(recipe: Any, folder: Path) -> list[Path]:
-    """The student's folder, or those of all stages; the last is scored."""
+    """The student's folder, or those of all stages; the last is scored, or all that share the prompts."""
     from fastdiff.recipes.stages import stage_folders
 
     return [own / "student" for own in (stage_folders(recipe) if recipe.stages else [folder])]
@@ -81,23 +81,30 @@ def main() -> None:
 
 
 def entries_of(folders: list[Path], table: str, recipe: Path, seed: int, command: list[str], arguments, done: set):
-    """Scores the last of the students at each step count; what it cost is the sum over all."""
+    """Scores the last of the students, or the mixture of those that share the prompts, at each step count.
+
+    What it cost is the sum over all.
+    """
     from fastdiff.evaluation import evaluate, open_protocol
     from fastdiff.evaluation.baselines import load_rows
     from fastdiff.evaluation.leaderboard import Entry, metrics_of, score_against
     from fastdiff.methods import method_named
     from fastdiff.recipes import Student
+    from fastdiff.recipes.mixture import ROUTER_FILE, StudentMixture
 
     student, benchmark = Student(folders[-1]), open_protocol(arguments.protocol)
     efforts = [Student(folder).record.effort for folder in folders]
     rows = load_rows(arguments.baselines, benchmark)
     teacher = next(row for row in rows if row.name == "teacher")
-    record, pipeline = student.record, student.pipeline()
+    routed = [folder for folder in folders if (folder / ROUTER_FILE).is_file()]
+    mixture = StudentMixture(routed) if routed else None
+    record, pipeline = student.record, mixture.pipeline(0) if mixture else student.pipeline()
+    route = mixture.pipelines if mixture else None
     info = method_named(record.method).info
     for steps in arguments.steps or [len(student.sampler)]:
         if (recipe.stem, seed, steps) in done:
             continue
-        row = evaluate(pipeline, benchmark, steps, student.sampler.guidance_scale, name=recipe.stem)
+        row = evaluate(pipeline, benchmark, steps, student.sampler.guidance_scale, name=recipe.stem, route=route)
         score, baseline = score_against(row, rows, table)
         yield Entry(
             method=info.name,

@@ -15,6 +15,7 @@ from torch import Tensor
 from fastdiff.evaluation.grid import draw_grid, grid_images, save_picture
 from fastdiff.models.teacher import Teacher
 from fastdiff.recipes import Student
+from fastdiff.recipes.mixture import ROUTER_FILE, StudentMixture
 
 ROOT = Path(__file__).resolve().parents[1]
 PROMPTS = (
@@ -43,16 +44,22 @@ def teacher_rows(prompts: list[str]) -> list[tuple[str, Tensor]]:
 
 def last_student(run: Path) -> Path | None:
     """The student of a run, of its last stage where it has stages; None if it is not finished."""
-    stages = sorted(run.glob("stage-*"), key=lambda stage: int(stage.name.split("-")[1]))
-    folder = (stages or [run])[-1] / "student"
+    folder = _stages(run)[-1] / "student"
     return folder if (folder / "fastdiff.json").is_file() else None
+
+
+def _stages(run: Path) -> list[Path]:
+    return sorted(run.glob("stage-*"), key=lambda stage: int(stage.name.split("-")[1])) or [run]
 
 
 def student_row(run: Path, prompts: list[str]) -> tuple[str, Tensor]:
     """One student at its own steps."""
     student = Student(last_student(run))
     steps = len(student.sampler)
-    images = grid_images(student.pipeline(), prompts, steps, student.sampler.guidance_scale, extra=SIZE)
+    routed = [stage / "student" for stage in _stages(run) if (stage / "student" / ROUTER_FILE).is_file()]
+    route = StudentMixture(routed).pipelines if routed else None
+    scale = student.sampler.guidance_scale
+    images = grid_images(student.pipeline(), prompts, steps, scale, extra=SIZE, route=route)
     recipe = run.name.rsplit("-", 1)[0]
     return f"{recipe}, {steps} step{'s' if steps > 1 else ''}", images
 

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import copy
 from logging import Handler
 
 import pytest
 import torch
 from diffusers import LCMScheduler
 
-from fastdiff.evaluation.generation import generate, sample_seeds
+from fastdiff.evaluation.generation import generate, generate_routed, sample_seeds
 
 PROMPTS = ["a red apple", "a cat", "a red apple", "a boat", "a cat"]
 
@@ -49,6 +50,24 @@ def test_sdxl_guided_and_not(tiny_sdxl):
         ).images
         found = images(tiny_sdxl, 2, prompts=PROMPTS[:2], guidance_scale=scale).images.permute(0, 2, 3, 1)
         assert abs(found.double() / 255 - torch.from_numpy(expected)).max() < 1.01 / 255
+
+
+def test_routed_prompts_get_the_images_of_their_own_pipelines(tiny_sd):
+    other = copy.copy(tiny_sd)
+    other.unet = copy.deepcopy(tiny_sd.unet)
+    with torch.no_grad():
+        other.unet.conv_out.weight.mul_(0.5)
+    seeds = sample_seeds(3, "samples", len(PROMPTS))
+    served_by = [other, tiny_sd, tiny_sd, other, tiny_sd]
+    found = generate_routed(served_by, PROMPTS, seeds, 2, batch_size=1, progress=False)
+    ours, theirs = (
+        generate(pipeline, PROMPTS, seeds, 2, batch_size=1, progress=False).images for pipeline in (tiny_sd, other)
+    )
+    expected = torch.stack([(theirs if pipeline is other else ours)[n] for n, pipeline in enumerate(served_by)])
+    assert found.images.equal(expected) and not ours.equal(theirs)
+    assert found.network_calls == 2
+    with pytest.raises(ValueError, match="5 prompts but 2 pipelines"):
+        generate_routed(served_by[:2], PROMPTS, seeds, 2)
 
 
 def test_network_calls_count_guidance_twice(tiny_sd):

@@ -52,8 +52,8 @@ def sampled(monkeypatch):
     """What was asked of `evaluate`, with the networks and the pictures left out."""
     asked = []
 
-    def evaluate(pipeline, benchmark, steps, guidance_scale, name):
-        asked.append((pipeline, steps))
+    def evaluate(pipeline, benchmark, steps, guidance_scale, name, route):
+        asked.append((route([]) if route else pipeline, steps))
         return row(name, float(steps))
 
     calls = {"floor": None, "teacher": 50.0, "undistilled-1-matched": 1.0, "undistilled-2-matched": 2.0}
@@ -86,6 +86,27 @@ def test_a_staged_run_is_scored_at_its_last_student_and_costs_all_of_its_stages(
 def test_a_run_without_stages_has_one_student(command, tmp_path):
     recipe = resolve({"method": "dmd2", "output_dir": str(tmp_path)}, None)
     assert command.students(recipe, tmp_path) == [tmp_path / "student"]
+
+
+def test_students_that_share_the_prompts_are_scored_together(command, sampled, tmp_path, monkeypatch):
+    class FakeMixture:
+        def __init__(self, folders):
+            self.names = [folder.parent.name for folder in folders]
+
+        def pipeline(self, number):
+            return self.names[number]
+
+        def pipelines(self, prompts):
+            return self.names
+
+    monkeypatch.setattr("fastdiff.recipes.mixture.StudentMixture", FakeMixture)
+    folders = [tmp_path / name / "student" for name in EFFORTS]
+    for folder in folders:
+        folder.mkdir(parents=True)
+        (folder / "router.safetensors").touch()
+    (found,) = entries(command, folders, [1])
+    assert sampled == [(list(EFFORTS), 1)]
+    assert found.train_network_passes == 130
 
 
 def test_rows_that_are_there_are_not_scored_again(command, sampled, tmp_path):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ from fastdiff.evaluation import metrics
 from fastdiff.evaluation.benchmark import Benchmark, open_protocol
 from fastdiff.evaluation.extractors import in_batches
 from fastdiff.evaluation.features import ImageFeatures
-from fastdiff.evaluation.generation import Samples, generate, sample_seeds
+from fastdiff.evaluation.generation import Samples, generate, generate_routed, sample_seeds
 from fastdiff.evaluation.protocol import Protocol
 from fastdiff.evaluation.row import Row
 from fastdiff.models.absent import absent_parts
@@ -33,6 +34,7 @@ def evaluate(
     seed: int | None = None,
     extra: dict[str, Any] | None = None,
     progress: bool = True,
+    route: Callable[[Sequence[str]], Sequence[Any]] | None = None,
 ) -> Row:
     """Generates under the protocol, measures, and returns one row.
 
@@ -47,6 +49,8 @@ def evaluate(
         seed: replaces the protocol's (recorded), for intervals over seeds.
         extra: further arguments of the pipeline's ``__call__``.
         progress: show bars.
+        route: the pipeline that serves each of some prompts, where several share them (`StudentMixture.pipelines`);
+            ``pipeline`` then stands for their scheduler and dtype.
 
     Raises:
         FileNotFoundError, ValueError: see ``open_protocol``, ``load_pipeline`` and ``generate``.
@@ -57,14 +61,15 @@ def evaluate(
     side, extra = bench.protocol.resolution, extra or {}
     call = {"height": side, "width": side, **extra}
     common = {"guidance_scale": guidance_scale, "batch_size": batch_size, "extra": call, "progress": progress}
+    route = route or (lambda prompts: [pipeline] * len(prompts))
     seeds = sample_seeds(seed, "samples", len(bench.prompts))
-    samples = generate(pipeline, bench.prompts, seeds, steps, description=name, **common)
+    samples = generate_routed(route(bench.prompts), bench.prompts, seeds, steps, description=name, **common)
     _check_resolution(samples, bench)
     several = None
     if bench.diversity:
         repeated = [caption for caption in bench.diversity for _ in range(bench.protocol.diversity_samples)]
         seeds = sample_seeds(seed, "diversity", len(repeated))
-        several = generate(pipeline, repeated, seeds, steps, description=f"{name}, diversity", **common)
+        several = generate_routed(route(repeated), repeated, seeds, steps, description=f"{name}, diversity", **common)
     values, intervals = score_images(bench, samples.images, several.images if several else None)
     return Row(
         name=name,

@@ -100,6 +100,36 @@ def generate(
     return Samples(torch.cat(images), sum(rows) / len(prompts), seconds / len(prompts))
 
 
+def generate_routed(
+    served_by: Sequence[Any], prompts: Sequence[str], seeds: Sequence[int], *arguments: Any, **named: Any
+) -> Samples:
+    """``generate`` where each prompt has its own one of a few pipelines; an image is what that pipeline makes of it.
+
+    Args:
+        served_by: N pipelines, most of them the same objects.
+        prompts, seeds, arguments, named: as ``generate`` takes them.
+
+    Raises:
+        ValueError: lengths differ, and what ``generate`` raises.
+    """
+    if len(served_by) != len(prompts):
+        raise ValueError(f"{len(prompts)} prompts but {len(served_by)} pipelines; give one pipeline a prompt")
+    places: dict[int, list[int]] = {}
+    for place, pipeline in enumerate(served_by):
+        places.setdefault(id(pipeline), []).append(place)
+    drawn = []
+    for own in places.values():
+        part = [prompts[place] for place in own], [seeds[place] for place in own]
+        drawn.append(generate(served_by[own[0]], *part, *arguments, **named))
+    order = torch.tensor([place for own in places.values() for place in own]).argsort()
+    shares = [len(own) / len(prompts) for own in places.values()]
+    return Samples(
+        images=torch.cat([part.images for part in drawn])[order],
+        network_calls=sum(share * part.network_calls for share, part in zip(shares, drawn, strict=True)),
+        seconds_per_image=sum(share * part.seconds_per_image for share, part in zip(shares, drawn, strict=True)),
+    )
+
+
 def _check(prompts: Sequence[str], seeds: Sequence[int], steps: int, batch_size: int) -> None:
     if not prompts:
         raise ValueError("no prompts were given; pass at least one")

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
-from fastdiff.evaluation.generation import generate, sample_seeds
+from fastdiff.evaluation.generation import generate_routed, sample_seeds
 from fastdiff.evaluation.resizing import to_pil
 
 if TYPE_CHECKING:
@@ -25,10 +25,16 @@ def grid_images(
     seed: int = 0,
     batch_size: int = 64,
     extra: dict[str, Any] | None = None,
+    route: Callable[[Sequence[str]], Sequence[Any]] | None = None,
 ) -> Tensor:
-    """One image a prompt, uint8 (N, 3, H, W); the noise depends on ``seed`` only, so rows of a grid share it."""
+    """One image a prompt, uint8 (N, 3, H, W); the noise depends on ``seed`` only, so rows of a grid share it.
+
+    ``route`` is as ``evaluate`` takes it.
+    """
     seeds = sample_seeds(seed, "grid", len(prompts))
-    return generate(pipeline, prompts, seeds, steps, guidance_scale, batch_size, extra, progress=False).images
+    served_by = route(prompts) if route else [pipeline] * len(prompts)
+    call = prompts, seeds, steps, guidance_scale, batch_size, extra
+    return generate_routed(served_by, *call, progress=False).images
 
 
 def draw_grid(rows: Sequence[tuple[str, Tensor]], prompts: Sequence[str] = (), cell: int = 96) -> Image.Image:

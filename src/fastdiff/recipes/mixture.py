@@ -60,6 +60,10 @@ class StudentMixture:
         cond = encoder.encode(list(prompts), encoder.default_resolution)
         return self.router(features_of(cond)).tolist()
 
+    def pipelines(self, prompts: Sequence[str]) -> list[Any]:
+        """The pipeline that serves each prompt, as `evaluate` takes them for its `route`."""
+        return [self.pipeline(number) for number in self.route(prompts)]
+
     def pipeline(self, number: int) -> Any:
         """The stock pipeline of a student."""
         if number not in self._pipelines:
