@@ -175,6 +175,8 @@ def run(
     for step in range(steps):
         ctx = context(denoiser, len(batch), step=step, modules=modules)
         for update in method.updates(step):
+            if optimizers.keys().isdisjoint(update.trains):
+                continue  # an oracle's turn
             trained = [p for group in update.trains for p in denoiser.roles.parameters(group)]
             sum(update.loss(batch, ctx).values()).backward(inputs=trained) if trained else None
             for group in update.trains:

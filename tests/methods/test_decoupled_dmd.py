@@ -289,7 +289,7 @@ def test_converges_to_the_teachers_law_without_guidance():
     denoiser = denoiser_of(teacher, student=student, fake_score=OracleFake(student))
     optimizer = torch.optim.Adam(student.parameters(), lr=3e-2)
     decay = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
-    rule = method(guidance_scale=1.0, student_update_every=1, update_rule="exclusive")
+    rule = method(guidance_scale=1.0, student_update_every=1)
     run(rule, denoiser, {"student": optimizer}, batch_of(64, 2), steps, lambda step: decay.step())
     assert (student.b - MU).abs().max() < 1e-3
     assert (student.A @ student.A.T - COV).abs().max() < 1e-3

@@ -185,6 +185,11 @@ def test_resuming_in_either_stage_gives_the_straight_run(tmp_path, stop):
     assert_equal(tensors(straight), tensors(again))
 
 
+def test_a_smaller_student_has_no_path_from_the_teacher():
+    with pytest.raises(ValueError, match="no smaller student: its path leads from the teacher"):
+        DisBackConfig(student_width=0.5)
+
+
 def test_a_changed_path_is_refused(tmp_path):
     trainer_of(gaussian(), method(), tmp_path, 7, checkpointing_steps=7).train()
     again = trainer_of(gaussian(), method(path_nodes=5), tmp_path, 9, resume_from_checkpoint="latest")
@@ -206,7 +211,9 @@ def test_the_gradient_vanishes_exactly_at_the_node_of_the_step(step):
         denoiser = gaussian_denoiser(student, GaussianScore(mean, root(cov)))  # the fake score of this student
         rule = method()
         path = {
-            f"{k}/{name}": value for k in (1, 2) for name, value in (("mean", laws[k][0]), ("root", root(laws[k][1])))
+            f"path/{k}/{name}": value
+            for k in (1, 2)
+            for name, value in (("mean", laws[k][0]), ("root", root(laws[k][1])))
         }
         rule.load_state_dict(path)
         draws = {"student/0": spatial(points[:, :2]), "student/eps": spatial(points[:, 2:])}
@@ -222,7 +229,7 @@ def test_starting_at_the_last_node_would_give_no_gradient():
     student = AffineGenerator(root(cov) * 1.3, mean + 1)  # wherever the student is
     denoiser = gaussian_denoiser(student, GaussianScore(mean, root(cov)))
     rule = method()
-    rule.load_state_dict({"2/mean": mean, "2/root": root(cov)})
+    rule.load_state_dict({"path/2/mean": mean, "path/2/root": root(cov)})
     loss = rule.student_loss(batch_of(4, 2), context(denoiser, 4, step=6))["distribution_matching"]
     assert loss.item() == 0
 

@@ -232,6 +232,11 @@ def test_fake_score_sees_all_times_and_the_score_gap_the_inner_ones():
 # Update rule
 
 
+def test_a_fake_score_that_would_never_step_is_refused():
+    with pytest.raises(ValueError, match="never trains the fake score"):
+        method(student_update_every=1, update_rule="exclusive")
+
+
 @pytest.mark.parametrize(("rule", "fake_steps"), [("every", 3), ("exclusive", 2)])
 def test_after_r_iterations_the_student_has_stepped_once(tmp_path, rule, fake_steps):
     teacher = AnalyticTeacher.gaussian(MU, COV)
@@ -461,7 +466,7 @@ def test_converges_to_the_teachers_law_with_an_exact_fake_score():
     steps = 400
     student, denoiser = gaussian_setup(MU, COV, A, B)
     optimizer, schedule = adam(student.parameters(), 3e-2, steps)
-    rule = method(student_update_every=1, update_rule="exclusive")
+    rule = method(student_update_every=1)
     run(rule, denoiser, {"student": optimizer}, batch_of(64, 2), steps, lambda step: schedule.step())
     assert (student.b - MU).abs().max() < 1e-3
     assert (student.A @ student.A.T - COV).abs().max() < 1e-3

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-from dataclasses import dataclass
 
 import pytest
 import torch
@@ -24,9 +23,19 @@ from torch import nn
 from fastdiff.data.source import PromptData
 from fastdiff.diffusion import Gaussian
 from fastdiff.engine import Settings, Trainer, chosen_data
-from fastdiff.methods import DMD2, MSD, Batch, DMD2Config, MSDConfig, ScoreMatching, ScoreMatchingConfig
-from fastdiff.methods._students import RoutedStudent, RoutedStudentConfig
-from fastdiff.methods.lcm import LCM, LCMConfig
+from fastdiff.methods import (
+    DMD2,
+    METHODS,
+    MSD,
+    Batch,
+    DMD2Config,
+    MSDConfig,
+    ScoreMatching,
+    ScoreMatchingConfig,
+    SiD,
+    SwiftBrush,
+)
+from fastdiff.methods._students import RoutedStudent
 from fastdiff.models.analytic import AnalyticTeacher, ExactNetwork
 from fastdiff.models.teacher import Teacher
 from fastdiff.recipes.starting import start_from
@@ -137,18 +146,35 @@ def test_the_router_is_kept_and_checked_on_resume(tmp_path):
     assert bare.export_files()["router"].keys() == {"directions", "thresholds", "children"}
 
 
-def test_any_method_can_have_several_students(tmp_path):
-    @dataclass(frozen=True)
-    class RoutedLCMConfig(RoutedStudentConfig, LCMConfig):
-        pass
+ROUTED = [cls for cls in METHODS if issubclass(cls, RoutedStudent)]
 
-    class RoutedLCM(RoutedStudent, LCM):
-        Config = RoutedLCMConfig
 
-    rule = RoutedLCM(RoutedLCMConfig(students=2, student_number=1, guidance_scale=1.0))
+@pytest.mark.parametrize("cls", ROUTED, ids=lambda cls: cls.info.name)
+def test_every_method_of_scores_can_have_several_students(cls, tmp_path):
+    rule = cls(cls.Config(students=2, student_number=1))
     part = chosen_data(rule, prompts(), mixture(), settings_of(tmp_path))
     assert {part.caption(i) for i in range(len(part))} == {"component 2", "component 3"}
-    assert [update.name for update in rule.updates(0)] == ["student"]
+    assert set(rule.export_files()) == {"router"}
+    again = cls(rule.config)
+    with pytest.raises(ValueError, match="chosen_data"):
+        again.check_ready()
+    again.load_state_dict(rule.state_dict())
+    again.check_ready()
+    assert torch.equal(again.state_dict()["router.directions"], rule.state_dict()["router.directions"])
+
+
+def test_which_methods_are_methods_of_scores():
+    families = {"distribution matching", "Fisher divergence"}
+    assert {cls.info.name for cls in METHODS if cls.info.family in families} - {"score_matching"} <= {
+        cls.info.name for cls in ROUTED
+    }
+
+
+@pytest.mark.parametrize("cls", [SwiftBrush, SiD])
+def test_students_of_other_methods_train_on_their_own_parts(cls, tmp_path):
+    rule, settings = cls(cls.Config(students=2, student_number=1, guidance_scale=1.0)), settings_of(tmp_path)
+    part = chosen_data(rule, prompts(), mixture(), settings)
+    assert Trainer(rule, mixture(), part, settings).train() == "done"
 
 
 # Small students
@@ -287,7 +313,7 @@ class OraclePerClass(CleanMap):
 def test_each_student_reaches_the_moments_of_its_classes_and_of_no_other(number, tmp_path):
     """A mixture teacher of four classes, two students: the data say which classes a student ever sees."""
     teacher, steps = mixture(), 400
-    rule = method(students=2, student_number=number, student_update_every=1, update_rule="exclusive")
+    rule = method(students=2, student_number=number, student_update_every=1)
     part = chosen_data(rule, prompts(each=8), teacher, settings_of(tmp_path))
     cond = teacher.encode([part.caption(i) for i in range(len(part))], 1)
     batch = Batch(torch.arange(len(part)), cond, teacher.null(1), (2, 1, 1))

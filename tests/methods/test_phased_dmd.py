@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from adversarial_cases import GOLD, SCENARIOS, Laboratory, tiny_trainer, weights_of
 from method_helpers import (
     SD,
     AffineGenerator,
@@ -380,11 +381,80 @@ def test_resuming_a_later_phase_keeps_its_experts(tmp_path):
         ({"phase": 0}, "phase"),
         ({"multi_step_input": "noised_data"}, "multi_step_input"),
         ({"boundary_margin": 500}, "no time up to max_timestep"),
+        ({"student_width": 0.5}, "no smaller student"),
+        ({"divergence": "js"}, "leave divergence out"),
+        ({"divergence": "js", "gan_weight": 1e-3, "gan_loss": "hinge"}, "use softplus"),
     ],
 )
 def test_bad_settings_are_named(config, named):
     with pytest.raises(ValueError, match=named):
         method(**config)
+
+
+# Other divergences
+
+
+ONE_PHASE = {"timesteps": (999,), "phase_steps": (1,), "gan_weight": 1e-3, "gan_features": "teacher"}
+WIDE = {"ratio_min": 1e-300, "ratio_max": 1e300}
+
+
+@pytest.mark.parametrize("form", ["x0", "x_s"])
+@pytest.mark.parametrize("scenario", SCENARIOS)
+def test_gradients_of_divergences_with_the_exact_ratio(monkeypatch, scenario, form):
+    """With one phase of one step the phase's sample is clean; golden numbers of the divergences themselves."""
+    alpha, sigma, _ = SCENARIOS[scenario]
+    monkeypatch.setattr("fastdiff.methods._score_gap.dmd_normaliser", lambda x, real: sigma**2 / alpha**2)
+    laboratory = Laboratory(scenario, "student")
+    laboratory.ctx.global_mean = torch.ones_like  # leaves h as it is
+    for name, gold in GOLD[scenario].items():
+        rule = method(divergence=name, gradient_on=form, **ONE_PHASE, **WIDE)
+        terms = rule.student_loss(laboratory.batch, laboratory.ctx)
+        assert laboratory.derivatives(terms["distribution_matching"]) == pytest.approx(gold, abs=1e-10), name
+
+
+@pytest.mark.parametrize("form", ["x0", "x_s"])
+def test_logits_that_say_nothing_leave_a_phase_as_it_is_and_others_do_not(process, form):
+    student, denoiser = phase_setup(MU, root(COV), process)
+    found = {}
+    for divergence, logits in [
+        ("rkl", None),
+        ("js", torch.full((6, 1), 0.7)),
+        ("fkl", torch.linspace(-1, 1, 6)[:, None]),
+    ]:
+        gan = {} if logits is None else {"gan_weight": 1e-3, "gan_features": "teacher"}
+        rule = method(divergence=divergence, gradient_on=form, **ONE_STEP_PHASES, **gan)
+        ctx = context(denoiser, 6, modules={"discriminator": lambda *features, own=logits: own.double()})
+        loss = rule.student_loss(batch_of(6, 2), ctx)["distribution_matching"]
+        found[divergence] = torch.autograd.grad(loss, student.A)[0]
+    torch.testing.assert_close(found["js"], found["rkl"], rtol=1e-12, atol=0)
+    assert not torch.allclose(found["fkl"], found["rkl"], rtol=1e-2)
+
+
+def test_heads_are_shown_samples_noised_on_and_images_noised_as_much(process):
+    schedule = process[0]
+    _, denoiser = phase_setup(MU, root(COV), process)
+    rule, x = method(gan_weight=1e-3, divergence="js", **ONE_STEP_PHASES), torch.randn(64, 2, 1, 1).double()
+    ctx = context(denoiser, 64)
+    fake, real = (rule.judged(x, ctx, "site", fake=side) for side in (True, False))
+    assert torch.equal(fake.t, real.t) and fake.t.min() > schedule.time_of_index(torch.tensor(499.0))
+    eps = ctx.random.normal("site/eps", x.shape[1:])
+    start = schedule.time_of_index(torch.full((64,), 499.0))
+    torch.testing.assert_close(fake.x_t, schedule.transition(x, start, fake.t, eps))
+    torch.testing.assert_close(real.x_t, schedule.add_noise(x, eps, real.t))
+
+
+@pytest.mark.parametrize("features", ["fake_score", "teacher"])
+def test_adapters_are_trained_by_another_divergence(tiny_sd, tmp_path, features):
+    config = {"divergence": "js", "gan_weight": 1e-3, "gan_discriminator_weight": 1.0, "gan_features": features}
+    rule = method(**config, time_bins=4, student_update_every=2, **ONE_STEP_PHASES)
+    assert rule.needs() == "images"
+    trainer = tiny_trainer(rule, tiny_sd, tmp_path)
+    before = weights_of(trainer)
+    assert trainer.train() == "done"
+    after = weights_of(trainer)
+    groups = {name.split("/")[0] for name in before if name in after and not torch.equal(before[name], after[name])}
+    assert {"student", "fake_score", "discriminator"} <= groups
+    assert rule.state_dict()["ratio_means"].any()
 
 
 # Convergence
@@ -414,7 +484,7 @@ def test_a_phase_converges_to_the_teachers_noisy_law(form):
     denoiser = denoiser_of(base, student=student, fake_score=PhaseOracle(student))
     optimizer = torch.optim.Adam(student.parameters(), lr=3e-2)
     decay = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
-    rule = method(gradient_on=form, student_update_every=1, update_rule="exclusive", **ONE_STEP_PHASES)
+    rule = method(gradient_on=form, student_update_every=1, **ONE_STEP_PHASES)
     run(rule, denoiser, {"student": optimizer}, batch_of(64, 2), steps, lambda step: decay.step())
     alpha, sigma, moves = boundary(SD)
     factor = moves * student.A + sigma / levels(SD, 999)[1] * EYE

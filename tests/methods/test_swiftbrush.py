@@ -285,7 +285,7 @@ def test_converges_to_the_teachers_law_with_an_exact_fake_score():
     student, denoiser = denoiser_with_fake(SD)
     optimizer = torch.optim.Adam(student.parameters(), lr=5e-2)
     decay = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 200)
-    rule = method(guidance_scale=1.0, update_rule="exclusive")
+    rule = method(guidance_scale=1.0)
     run(rule, denoiser, {"student": optimizer}, batch_of(32, 2), 200, lambda step: decay.step())
     assert (student.b - MU).abs().max() < 2e-3
     assert (student.A @ student.A.T - COV).abs().max() < 2e-3

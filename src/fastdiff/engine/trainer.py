@@ -110,8 +110,10 @@ class Trainer:
 
         Raises:
             NonFiniteError: naming the loss term and step.
+            ValueError: if the method misses what must come before.
         """
         self._resume()
+        self.method.check_ready()
         if self.is_main:
             logger.info("%s", state_memory(self.networks, self.optimizers))
         with Tracker(self.settings, self.folder, self.is_main) as tracker, Interrupts() as interrupts:

@@ -23,6 +23,7 @@ from fastdiff.diffusion.losses import (
     mse,
 )
 from fastdiff.diffusion.prediction import Prediction
+from fastdiff.diffusion.schedules import Terminal
 from fastdiff.methods.base import Context, any_time
 from fastdiff.models.conditioning import Conditioning
 from fastdiff.models.denoiser import Denoiser, Taps
@@ -141,7 +142,7 @@ class Adversary(Players):
         return schedule.time_of_index(index.clamp_max(schedule.indices - 1))
 
     def noised(
-        self, x: Tensor, ctx: Context, site: str, t: Tensor | None = None, start: Tensor | None = None
+        self, x: Tensor, ctx: Context, site: str, t: Tensor | None = None, start: Tensor | Terminal | None = None
     ) -> Noisy:
         """`x` with fresh noise, at `t` (drawn if not given). `x` is clean, or a sample at times `start` <= `t`."""
         t = self.time(ctx, site) if t is None else t

@@ -74,11 +74,15 @@ class AdversarialScoreGap(ScoreGap):
         """Where the heads read the fake score, one call serves denoising and both sides of the discriminator."""
         if not self.config.gan_weight:
             return super().critic_call(x, x_t, t, batch, ctx)
-        fake = self.adversary.noised(x, ctx, "critic/gan_fake")
-        real = self.adversary.noised(batch.images(), ctx, "critic/gan_real")
+        fake = self.judged(x, ctx, "critic/gan_fake", fake=True)
+        real = self.judged(batch.images(), ctx, "critic/gan_real", fake=False)
         if self.config.gan_features == "fake_score":
             prediction, terms = self.adversary.terms_beside(Noisy(x_t, t), real, fake, batch.cond, ctx)
         else:
             prediction, _ = super().critic_call(x, x_t, t, batch, ctx)
             terms = self.adversary.discriminator_terms(real, fake, batch.cond, ctx)
         return prediction, weighted(terms, self.config.gan_discriminator_weight)
+
+    def judged(self, x: Tensor, ctx: Context, site: str, fake: bool) -> Noisy:
+        """What the discriminator is shown of the student's samples, or of clean images."""
+        return self.adversary.noised(x, ctx, site)

@@ -4,13 +4,71 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from fastdiff.diffusion.divergences import Divergence
+from fastdiff.diffusion.divergences import Divergence, DivergenceName, divergence_named
+from fastdiff.methods.base import check_positive
 
 Mean = Callable[[Tensor], Tensor]
+
+
+@dataclass(frozen=True)
+class RatioConfig:
+    """Which divergence, and how its ratio is tamed.
+
+    Args:
+        divergence: which f; the reverse KL is what an unweighted score gap follows.
+        power: exponent of h(r) = r^power where `divergence` is `power`.
+        ratio_min, ratio_max: bounds of the density ratio.
+        time_bins: parts of the time range in which the ratio is brought to mean 1 before h is taken; 0 for none.
+        time_bins_decay: share of the old mean of such a part in its new one.
+    """
+
+    divergence: DivergenceName = "rkl"
+    power: float = 0.5
+    ratio_min: float = 0.1
+    ratio_max: float = 20.0
+    time_bins: int = 0
+    time_bins_decay: float = 0.0
+
+    def check_ratio(self) -> None:
+        """Refuses bounds and bins out of range.
+
+        Raises:
+            ValueError: naming the setting.
+        """
+        check_positive(ratio_min=self.ratio_min, ratio_max=self.ratio_max)
+        if not self.ratio_min < self.ratio_max:
+            raise ValueError(f"ratio_min ({self.ratio_min}) must be below ratio_max ({self.ratio_max})")
+        if not (self.time_bins >= 0 and 0 <= self.time_bins_decay < 1):
+            raise ValueError(
+                f"time_bins ({self.time_bins}) must not be negative, time_bins_decay ({self.time_bins_decay}) in [0, 1)"
+            )
+
+    def check_logits(self, gan_weight: float, gan_discriminator_weight: float, gan_loss: str, remedy: str) -> None:
+        """Refuses a GAN whose logits are no log-ratio.
+
+        Raises:
+            ValueError: with the `remedy` for those who want no GAN.
+        """
+        if gan_weight == 0 or gan_discriminator_weight == 0:
+            raise ValueError(
+                f"divergence {self.divergence} takes the density ratio from the discriminator: gan_weight and "
+                f"gan_discriminator_weight must be above 0. Without a GAN only the reverse KL is possible: {remedy}."
+            )
+        if gan_loss != "softplus":
+            raise ValueError(
+                f"gan_loss {gan_loss!r} gives logits that are no log-ratio of densities, which divergence "
+                f"{self.divergence} needs: use softplus"
+            )
+
+    def ratio_weight(self) -> RatioWeight:
+        """The weights."""
+        divergence = divergence_named(self.divergence, self.power)
+        return RatioWeight(divergence, self.ratio_min, self.ratio_max, self.time_bins, self.time_bins_decay)
 
 
 class RatioWeight:

@@ -11,11 +11,11 @@ from torch import Tensor
 from fastdiff.diffusion.losses import dmd_normaliser, mse, surrogate
 from fastdiff.diffusion.prediction import Prediction, prediction_target
 from fastdiff.methods._student import MultiStepInput, student_sample
+from fastdiff.methods._students import RoutedStudent, RoutedStudentConfig
 from fastdiff.methods.base import (
     Batch,
     Context,
     Group,
-    Method,
     Need,
     Update,
     any_time,
@@ -27,7 +27,7 @@ from fastdiff.models.sampler import SamplerSpec
 
 
 @dataclass(frozen=True)
-class ScoreGapConfig:
+class ScoreGapConfig(RoutedStudentConfig):
     """What every score-gap method can be told.
 
     Args:
@@ -51,6 +51,7 @@ class ScoreGapConfig:
     fake_score_learning_rate: float | None = None
 
     def __post_init__(self) -> None:
+        self.check_students()
         check_not_negative(guidance_scale=self.guidance_scale, min_timestep=self.min_timestep)
         check_positive(student_update_every=self.student_update_every)
         if self.fake_score_learning_rate is not None:
@@ -61,9 +62,14 @@ class ScoreGapConfig:
             )
         if not self.timesteps or list(self.timesteps) != sorted(set(self.timesteps), reverse=True):
             raise ValueError(f"timesteps must fall strictly, noisiest first, got {self.timesteps}")
+        if self.update_rule == "exclusive" and self.student_update_every == 1:
+            raise ValueError(
+                "with update_rule exclusive, student_update_every 1 never trains the fake score: take a larger number, "
+                "or update_rule every"
+            )
 
 
-class ScoreGap(Method):
+class ScoreGap(RoutedStudent):
     """A student trained by `weight * (D_fake - D_real)` at noised versions of its own sample.
 
     A method overrides the smallest of these that says what it changes: `weight` (which divergence), `asks` (who is

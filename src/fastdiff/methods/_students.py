@@ -35,6 +35,15 @@ class SmallStudentConfig:
     student_transformer_layers: int | None = None
     student_removed_levels: tuple[int, ...] = ()
 
+    def check_whole(self, reason: str) -> None:
+        """Refuses a smaller student.
+
+        Raises:
+            ValueError: with the reason.
+        """
+        if not self.shape().whole:
+            raise ValueError(f"this method has no smaller student: {reason}. Leave the student's sizes out")
+
     def shape(self) -> SmallShape:
         """The size in one object.
 
@@ -54,11 +63,11 @@ class RoutedStudentConfig(SmallStudentConfig):
     """One of several students, and its size.
 
     Args:
-        students: how many parts the conditions are split into; 1 splits nothing.
+        students: how many parts the conditions are split into, each for one student; 1 splits nothing.
         student_number: the part that this run trains a student for, from 0.
     """
 
-    students: int = 4
+    students: int = 1
     student_number: int = 0
 
     def check_students(self) -> None:
@@ -102,7 +111,7 @@ class SmallStudent(Method):
 
 
 class RoutedStudent(SmallStudent):
-    """Student number k of K: trains on the conditions that a router gives it; put it before the method's own base.
+    """Student number k of K: trains on the conditions that a router gives it.
 
     The router is fitted to the different prompts of the data, the same for every k; it is kept in checkpoints and stored
     beside the student.
@@ -131,13 +140,12 @@ class RoutedStudent(SmallStudent):
     def _numbers(self) -> tuple[int, int]:
         return self.config.student_number, self.config.students
 
-    def updates(self, step: int):
+    def check_ready(self) -> None:
         if self.config.students > 1 and self._router is None:
             raise ValueError(
                 f"student {self._numbers[0]} of {self._numbers[1]} trains on its own part of the conditions, which "
                 "nobody has chosen: open the data with fastdiff.engine.chosen_data"
             )
-        yield from super().updates(step)
 
     def export_files(self) -> dict[str, dict[str, Tensor]]:
         files = super().export_files()

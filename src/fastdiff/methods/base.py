@@ -203,6 +203,13 @@ class Method(ABC):
         """The numbers of the samples this run trains on, of all the data's captions; None for all of them."""
         return None
 
+    def check_ready(self) -> None:
+        """Refuses to train when what must come first has not; asked before the first step.
+
+        Raises:
+            ValueError: naming what is missing.
+        """
+
     def sampling_inputs(self, denoiser: Denoiser, batch_size: int, device: torch.device) -> dict[str, Tensor]:
         """Extra network inputs of the student when it is sampled, e.g. a guidance embedding."""
         return {}

@@ -33,6 +33,7 @@ class DisBackConfig(DMD2Config):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        self.check_whole("its path leads from the teacher to a student of the same network")
         check_not_negative(path_nodes=self.path_nodes)
         check_positive(backtracking_interval=self.backtracking_interval)
         if self.degradation_steps < self.path_nodes:
@@ -140,10 +141,15 @@ class DisBack(DMD2):
         return dict(zip(names, weights, strict=True))
 
     def state_dict(self) -> dict[str, Tensor]:
-        return {f"{node}/{name}": weight for node, weights in self._path.items() for name, weight in weights.items()}
+        path = {
+            f"path/{node}/{name}": weight for node, weights in self._path.items() for name, weight in weights.items()
+        }
+        return super().state_dict() | path
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        own = {key for key in state if key.startswith("path/")}
+        super().load_state_dict({key: state[key] for key in state.keys() - own})
         self._path, self._held = {}, None
-        for key, weight in state.items():
-            node, name = key.split("/", 1)
-            self._path.setdefault(int(node), {})[name] = weight
+        for key in own:
+            _, node, name = key.split("/", 2)
+            self._path.setdefault(int(node), {})[name] = state[key]

@@ -8,26 +8,22 @@ from typing import Literal
 
 from torch import Tensor
 
-from fastdiff.diffusion.divergences import DivergenceName, divergence_named
+from fastdiff.diffusion.divergences import DivergenceName
 from fastdiff.diffusion.losses import surrogate
 from fastdiff.diffusion.tensors import broadcast_to
 from fastdiff.methods._adversarial import Noisy
 from fastdiff.methods._adversarial_score_gap import AdversarialScoreGap, AdversarialScoreGapConfig
-from fastdiff.methods._ratio import RatioWeight
-from fastdiff.methods.base import Batch, Context, MethodInfo, check_positive
+from fastdiff.methods._ratio import RatioConfig
+from fastdiff.methods.base import Batch, Context, MethodInfo
 
 
 @dataclass(frozen=True)
-class FDistillConfig(AdversarialScoreGapConfig):
+class FDistillConfig(RatioConfig, AdversarialScoreGapConfig):
     """Defaults are those of the paper's SD1.5 run, with the heads of the released code.
 
     Args:
         divergence: which f; `rkl` is DMD2, `js` the paper's best on COCO, `fkl` covers most modes and is noisiest.
-        power: exponent of h(r) = r^power where `divergence` is `power`.
-        ratio_min, ratio_max: bounds of the density ratio.
-        time_bins: parts of the time range in which the ratio is brought to mean 1 before h is taken; 0 for none.
-            The released code has 10.
-        time_bins_decay: share of the old mean of such a part in its new one.
+        time_bins: as below; the released code has 10.
         guidance_scale: w of the teacher's score. The ratio compares the student with the images of the data, so that
             far above 1 the weight is a heuristic.
         update_rule: as in the released code, a step updates either the student or its critics.
@@ -39,11 +35,7 @@ class FDistillConfig(AdversarialScoreGapConfig):
     """
 
     divergence: DivergenceName = "js"
-    power: float = 0.5
-    ratio_min: float = 0.1
-    ratio_max: float = 20.0
     time_bins: int = 0
-    time_bins_decay: float = 0.0
     guidance_scale: float = 1.75
     update_rule: Literal["every", "exclusive"] = "exclusive"
     student_update_every: int = 10
@@ -54,23 +46,9 @@ class FDistillConfig(AdversarialScoreGapConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_positive(ratio_min=self.ratio_min, ratio_max=self.ratio_max)
-        if not self.ratio_min < self.ratio_max:
-            raise ValueError(f"ratio_min ({self.ratio_min}) must be below ratio_max ({self.ratio_max})")
-        if not (self.time_bins >= 0 and 0 <= self.time_bins_decay < 1):
-            raise ValueError(
-                f"time_bins ({self.time_bins}) must not be negative, time_bins_decay ({self.time_bins_decay}) in [0, 1)"
-            )
-        if self.gan_weight == 0 or self.gan_discriminator_weight == 0:
-            raise ValueError(
-                "f-distill takes the density ratio from the discriminator: gan_weight and gan_discriminator_weight "
-                "must be above 0. Without a GAN only the reverse KL is possible: that is method dmd2."
-            )
-        if self.gan_loss != "softplus":
-            raise ValueError(
-                f"gan_loss {self.gan_loss!r} gives logits that are no log-ratio of densities, which f-distill needs: "
-                "use softplus"
-            )
+        self.check_ratio()
+        remedy = "that is method dmd2"
+        self.check_logits(self.gan_weight, self.gan_discriminator_weight, self.gan_loss, remedy)
 
 
 class FDistill(AdversarialScoreGap):
@@ -103,13 +81,7 @@ class FDistill(AdversarialScoreGap):
 
     def __init__(self, config: FDistillConfig) -> None:
         super().__init__(config)
-        self.ratio = RatioWeight(
-            divergence_named(config.divergence, config.power),
-            config.ratio_min,
-            config.ratio_max,
-            config.time_bins,
-            config.time_bins_decay,
-        )
+        self.ratio = config.ratio_weight()
 
     def score_terms(self, x: Tensor, batch: Batch, ctx: Context) -> dict[str, Tensor]:
         """The weighted gap, and the adversarial term at the same noisy samples, which keep the graph for it."""
@@ -131,9 +103,10 @@ class FDistill(AdversarialScoreGap):
         return {}
 
     def state_dict(self) -> dict[str, Tensor]:
-        return self.ratio.state_dict()
+        return super().state_dict() | self.ratio.state_dict()
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        super().load_state_dict(state)
         self.ratio.load_state_dict(state)
 
     def _place(self, t: Tensor, ctx: Context) -> Tensor:

@@ -12,13 +12,14 @@ from torch import Tensor, nn
 from fastdiff.diffusion.tensors import DeviceTable, broadcast_to
 from fastdiff.methods._adversarial import Adversary, FeatureBlocks, GanLoss, NoiseLaw
 from fastdiff.methods._student import MultiStepInput, student_sample
-from fastdiff.methods.base import Batch, Context, Group, Method, MethodInfo, Update, check_not_negative, check_positive
+from fastdiff.methods._students import RoutedStudent, RoutedStudentConfig
+from fastdiff.methods.base import Batch, Context, Group, MethodInfo, Update, check_not_negative, check_positive
 from fastdiff.models.denoiser import Denoiser
 from fastdiff.models.sampler import SamplerSpec
 
 
 @dataclass(frozen=True)
-class LADDConfig:
+class LADDConfig(RoutedStudentConfig):
     """The paper's choices where it names them.
 
     Args:
@@ -52,6 +53,7 @@ class LADDConfig:
     discriminator_learning_rate: float | None = None
 
     def __post_init__(self) -> None:
+        self.check_students()
         check_positive(noise_std=self.noise_std, student_update_every=self.student_update_every)
         check_not_negative(gan_r1_weight=self.gan_r1_weight)
         if self.discriminator_learning_rate is not None:
@@ -78,7 +80,7 @@ class LADDConfig:
             )
 
 
-class LADD(Method):
+class LADD(RoutedStudent):
     r"""A generative adversarial network on the features of the frozen teacher; no score is matched.
 
     With x the student's sample, k the teacher's blocks, x_t and y_t noised samples and images at independent times and

@@ -4,21 +4,22 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from fastdiff.methods._students import RoutedStudent, RoutedStudentConfig
 from fastdiff.methods.base import MethodInfo
 from fastdiff.methods.dmd2 import DMD2, DMD2Config
 
 
 @dataclass(frozen=True)
-class MSDConfig(RoutedStudentConfig, DMD2Config):
-    """Four students are the paper's; each is trained as by DMD2, whose defaults stay."""
+class MSDConfig(DMD2Config):
+    """Four students are the paper's; each is trained as by DMD2, whose defaults stay.
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        self.check_students()
+    Args:
+        students: how many parts the conditions are split into.
+    """
+
+    students: int = 4
 
 
-class MSD(RoutedStudent, DMD2):
+class MSD(DMD2):
     r"""K students, each for one part of the conditions, Y = Y_1 + ... + Y_K; student f(c) serves condition c.
 
     Student k is distilled by DMD2 with a fake score (and discriminator) of its own, on conditions c in Y_k only:
@@ -27,8 +28,8 @@ class MSD(RoutedStudent, DMD2):
 
     Nothing is shared but the frozen teacher, so one run trains one student: a recipe lists K of them as stages, or K
     machines take one each. The router f is deterministic, covers every condition and gives parts of equal size (`Router`).
-    With one student nothing is split, and this is DMD2. Any other method takes several students in the same way:
-    `class ManyX(RoutedStudent, X)` with `class ManyXConfig(RoutedStudentConfig, XConfig)`.
+    With one student nothing is split, and this is DMD2. Every other method of scores takes `students`, too (`method:
+    f_distill` with `students: 4`), and the sizes below.
 
     A student may be a smaller full network, whose fake score, if full, is as small. It is first fitted to the teacher's
     scores by `score_matching` with the same sizes; `init_from` that run gives its weights to both.

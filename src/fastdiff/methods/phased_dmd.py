@@ -13,7 +13,10 @@ from fastdiff.diffusion.losses import mse, surrogate
 from fastdiff.diffusion.prediction import Prediction, transition_target
 from fastdiff.diffusion.schedules import NoiseSchedule, Terminal
 from fastdiff.diffusion.steps import jump
-from fastdiff.methods._score_gap import ScoreGap, ScoreGapConfig
+from fastdiff.diffusion.tensors import broadcast_to
+from fastdiff.methods._adversarial import Noisy
+from fastdiff.methods._adversarial_score_gap import AdversarialScoreGap, AdversarialScoreGapConfig
+from fastdiff.methods._ratio import RatioConfig
 from fastdiff.methods.base import Batch, Context, MethodInfo, any_time, check_not_negative, check_positive, time_at
 from fastdiff.models.sampler import SamplerSpec
 
@@ -21,7 +24,7 @@ _LARGEST_WEIGHT = 10.0
 
 
 @dataclass(frozen=True)
-class PhasedDMDConfig(ScoreGapConfig):
+class PhasedDMDConfig(RatioConfig, AdversarialScoreGapConfig):
     """Guidance, update rule and two phases of two steps are the paper's (video and image flows); times are ours.
 
     Args:
@@ -34,6 +37,8 @@ class PhasedDMDConfig(ScoreGapConfig):
         boundary_margin: indices above the end of the phase at which scores are not compared.
         gradient_on: `x0` puts DMD's normalised gap of clean predictions on the student's own (released training
             code); `x_s` puts the gap of scores on the phase's sample, unnormalised (the paper's formula).
+        divergence: `rkl` is the paper's; any other weighs the gap as f-distill does (Xu et al. 2025, arXiv 2502.15681)
+            by a ratio that the GAN's heads learn, between images and phase's samples at the same noise.
         critic_weight: `clamped` weighs the fake score's error by min(1, 10 q^2), q the noise added since the end of the
             phase (paper); `none` not at all (released training code).
     """
@@ -55,6 +60,11 @@ class PhasedDMDConfig(ScoreGapConfig):
             raise ValueError(f"phase_steps {self.phase_steps} must share out all timesteps {self.timesteps}")
         if self.phase > len(self.phase_steps):
             raise ValueError(f"phase {self.phase} does not exist: there are {len(self.phase_steps)} phase_steps")
+        self.check_ratio()
+        if self.divergence != "rkl":
+            weights = self.gan_weight, self.gan_discriminator_weight
+            self.check_logits(*weights, self.gan_loss, "leave divergence out")
+        self.check_whole("experts are adapters of one base")
         if self.multi_step_input != "simulate":
             raise ValueError(
                 "phased_dmd simulates its own rollout: noised data would skip the experts whose samples a later phase "
@@ -83,7 +93,7 @@ class PhasedDMDConfig(ScoreGapConfig):
         return max(self.min_timestep, self.end + self.boundary_margin), self.max_timestep
 
 
-class PhasedDMD(ScoreGap):
+class PhasedDMD(AdversarialScoreGap):
     r"""Splits the noise levels into phases; expert k takes samples from the start of phase k to its end s.
 
     A phase's sample x_s is noisy, so both scores are compared, and the fake one is learned, at x_t = r x_s + q eps with
@@ -100,6 +110,9 @@ class PhasedDMD(ScoreGap):
     frozen experts of earlier phases and then through the student to a random time of the phase, from which it jumps to
     s in one step (stochastic gradient truncation). The fake score is fitted to that same law, the one it is compared
     under. With a single phase of one step and `critic_weight: none` this is DMD2 without GAN.
+
+    With `gan_weight` heads tell x_t from noised images, t above s, and L_student gains gan_weight softplus(-l(x_t)); with
+    another `divergence` the gap is weighted by h(exp(l)) / mean h.
 
     One run trains one phase: in a recipe with stages each is a stage with `init_from` the one before. Student and fake
     score of every phase start as the teacher. Experts are adapters of one base; full networks work in training and
@@ -119,6 +132,10 @@ class PhasedDMD(ScoreGap):
     )
     Config = PhasedDMDConfig
     config: PhasedDMDConfig
+
+    def __init__(self, config: PhasedDMDConfig) -> None:
+        super().__init__(config)
+        self.ratio = config.ratio_weight()
 
     def sampler(self) -> SamplerSpec:
         return SamplerSpec("ddim", self.config.timesteps)
@@ -143,14 +160,29 @@ class PhasedDMD(ScoreGap):
         x_s = jump(last, self._end(last.x_t, ctx.denoiser.schedule))
         ctx.store["x"] = x_s.detach()
         ctx.log("latent_std", x_s.detach().std())
-        t, x_t = self.noised(x_s.detach(), ctx, "student")
-        real, fake = ctx.denoiser.together(x_t, t, self.asks(batch, ctx))
+        t, x_t = self.noised(x_s if self.config.gan_weight else x_s.detach(), ctx, "student")
+        ratio_weight, terms = self._judgement(Noisy(x_t, t), batch, ctx)
+        real, fake = ctx.denoiser.together(x_t.detach(), t, self.asks(batch, ctx))
         ctx.log("score_gap", (fake.x0 - real.x0).abs().mean())
         if self.config.gradient_on == "x_s":
             kept, _ = ctx.denoiser.schedule.kernel(self._end(x_s, ctx.denoiser.schedule), t, x_s)
-            return {"distribution_matching": surrogate(x_s, kept * (fake.score - real.score))}
+            return {"distribution_matching": surrogate(x_s, ratio_weight * kept * (fake.score - real.score))} | terms
         gap = self.weight(last.x0.detach(), real, batch, ctx) * (fake.x0 - real.x0)
-        return {"distribution_matching": surrogate(last.x0, gap)}
+        return {"distribution_matching": surrogate(last.x0, ratio_weight * gap)} | terms
+
+    def _judgement(self, noisy: Noisy, batch: Batch, ctx: Context) -> tuple[Tensor | float, dict[str, Tensor]]:
+        """The weight of each sample's gap, and the adversarial term."""
+        if not self.config.gan_weight:
+            return 1.0, {}
+        logits = self.adversary.logits(noisy, batch.cond, ctx)
+        terms = {"gan": self.config.gan_weight * self.adversary.generator_loss(logits)}
+        if self.config.divergence == "rkl":
+            return 1.0, terms
+        schedule = ctx.denoiser.schedule
+        low, high = (schedule.time_of_index(index) for index in self.config.compared)
+        weight = self.ratio(logits.mean(1), (noisy.t - low) / (high - low), ctx.global_mean)
+        ctx.log("ratio_weight_max", weight.max())
+        return broadcast_to(weight, noisy.x_t), terms
 
     def noised(self, x: Tensor, ctx: Context, site: str) -> tuple[Tensor, Tensor]:
         """A time above the end of the phase for each sample, and the phase's sample `x` noised on to it."""
@@ -187,13 +219,27 @@ class PhasedDMD(ScoreGap):
         end = self._end(x_s, schedule)
         t = any_time(ctx, "critic/t", self.config.end + 1)
         eps = ctx.random.normal("critic/eps", batch.latent_shape)
-        prediction = ctx.denoiser(schedule.transition(x_s, end, t, eps), t, batch.cond, "fake_score")
+        prediction, terms = self.critic_call(x_s, schedule.transition(x_s, end, t, eps), t, batch, ctx)
         target = transition_target(prediction.kind, schedule, x_s, end, eps, t)
         if self.config.critic_weight == "none":
-            return {"denoising": mse(prediction.native, target)}
+            return {"denoising": mse(prediction.native, target)} | terms
         _, added = schedule.kernel(end, t, x_s)
         root = (_LARGEST_WEIGHT**0.5 * added).clamp_max(1)  # of clamp(1 / q^2, 0, 10) q^2, without dividing by q
-        return {"denoising": mse(root * prediction.native, root * target)}
+        return {"denoising": mse(root * prediction.native, root * target)} | terms
+
+    def judged(self, x: Tensor, ctx: Context, site: str, fake: bool) -> Noisy:
+        """Samples of the phase noised on from its end, or images noised to as much."""
+        t = any_time(ctx, f"{site}/t", self.config.end + 1)
+        return self.adversary.noised(x, ctx, site, t, self._end(x, ctx.denoiser.schedule) if fake else None)
+
+    # What it remembers
+
+    def state_dict(self) -> dict[str, Tensor]:
+        return super().state_dict() | self.ratio.state_dict()
+
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        super().load_state_dict(state)
+        self.ratio.load_state_dict(state)
 
 
 def _expert(phase: int) -> str:
