@@ -7,7 +7,7 @@ import copy
 import pytest
 import torch
 from adversarial_cases import frozen_weights, tiny_trainer
-from identity_helpers import ALPHA, SIGMA, scalar_gradient
+from identity_helpers import ALPHA, MEAN, SCALE, SHIFT, SIGMA, VARIANCE, scalar_gradient
 from method_helpers import (
     SD,
     AffineGenerator,
@@ -119,6 +119,41 @@ def test_golden_numbers_of_the_pseudo_huber_distance():
     config = SIMConfig(huber_c=0.5 * SIGMA**2 / ALPHA)
     found = scalar_gradient(SIM, config, ALPHA / SIGMA**2)
     assert found == pytest.approx((0.27911810, -0.87136645), abs=1e-8)
+
+
+class LogCosh(SIM):
+    """Any distance: sum log cosh(d)."""
+
+    def distance_gradient(self, gap):
+        return gap.tanh()
+
+
+@pytest.mark.parametrize(
+    ("cls", "distance", "rho"),
+    [
+        (LogCosh, "pseudo_huber", lambda d: d.cosh().log()),
+        (SIM, "l2", lambda d: d.square() / 2),
+        (SIM, "pseudo_huber", lambda d: (d.square() + 0.01).sqrt()),
+    ],
+)
+def test_any_distance_has_the_gradient_with_the_law_held_fixed(cls, distance, rho):
+    """E rho(D_real - D_fake) over fixed x_t ~ N(a b, a^2 A^2 + s^2), differentiated through the fake score's law alone."""
+    config = SIMConfig(distance=distance, huber_c=0.1)
+    A, b = f64([SCALE]).requires_grad_(), f64([SHIFT]).requires_grad_()
+    spread, width = ALPHA**2 * SCALE**2 + SIGMA**2, torch.arange(-10, 10.001, 1 / 64, dtype=torch.float64)
+    weights = torch.exp(-(width**2) / 2)
+    x_t = ALPHA * SHIFT + spread**0.5 * width
+    real = -(x_t - ALPHA * MEAN) / (ALPHA**2 * VARIANCE + SIGMA**2)
+    fake = -(x_t - ALPHA * b) / (ALPHA**2 * A**2 + SIGMA**2)
+    expected = (weights * rho(SIGMA**2 / ALPHA * (real - fake))).sum() / weights.sum()
+    gold = [gradient.item() for gradient in torch.autograd.grad(expected, (A, b))]
+    assert scalar_gradient(cls, config, 1.0) == pytest.approx(gold, abs=1e-8)
+
+
+def test_signs_are_the_gradient_of_absolute_values():
+    gap = torch.randn(4, 2, 1, 1, dtype=torch.float64, requires_grad=True)
+    (expected,) = torch.autograd.grad(gap.abs().sum(), gap)
+    assert torch.equal(SIM(SIMConfig(distance="l1")).distance_gradient(gap), expected)
 
 
 def test_a_wide_pseudo_huber_distance_is_the_squared_one():
@@ -239,9 +274,11 @@ def test_fake_score_steps_first_on_samples_and_times_of_its_own():
     assert not torch.equal(seen["critic/eps"], seen["student/eps"])
 
 
+@pytest.mark.parametrize("cls", [SiD, SiDLSG])
 @pytest.mark.parametrize("kind", ["epsilon", "v_prediction"])
 @pytest.mark.parametrize(("guided", "w"), [("both", 2.5), ("teacher", 2.5), ("both", 1.0)])
-def test_fake_score_is_fitted_through_its_own_guidance_without_some_prompts(kind, guided, w):
+def test_fake_score_is_fitted_through_its_own_guidance_without_some_prompts(cls, kind, guided, w):
+    """SiD-LSG weighs a network of v by SNR / (SNR + 1) = alpha^2."""
     rows, eye = 6, torch.eye(3, dtype=torch.float64)
     laws = [(0.2, 1.0), (-0.8, 0.6)]
     own = LabelledGaussians([Gaussian(f64([m] * 3), s * eye) for m, s in laws], kind=kind)
@@ -257,7 +294,7 @@ def test_fake_score_is_fitted_through_its_own_guidance_without_some_prompts(kind
         "critic/t": t,
         "critic/no_prompt": dropped,
     }
-    method = SiDLSG(SiDLSGConfig(guidance_scale=w, guided=guided))
+    method = cls(cls.Config(guidance_scale=w, guided=guided))
     (loss,) = method.critic_loss(batch_of(rows, 3), context(denoiser, rows, draws)).values()
 
     drops = dropped[:, None] & (guided == "both" and w != 1)
@@ -268,7 +305,7 @@ def test_fake_score_is_fitted_through_its_own_guidance_without_some_prompts(kind
     null = posterior(x_t, t, *laws[1])
     cond = torch.where(drops, null, posterior(x_t, t, *laws[0]))
     clean = null + (w if guided == "both" else 1.0) * (cond - null)
-    error = {"epsilon": alpha / sigma, "v_prediction": 1 / sigma}[kind] * (clean - x)
+    error = (1 / sigma if cls is SiD and kind == "v_prediction" else alpha / sigma) * (clean - x)
     torch.testing.assert_close(loss, error.square().sum() / rows, rtol=1e-7, atol=1e-9)
 
 
@@ -484,6 +521,7 @@ def test_trains_through_the_engine(tmp_path, method):
 @pytest.mark.parametrize(
     ("config", "values", "named"),
     [
+        (SiDConfig, {"distance": "l1"}, "alpha 1.2 belongs to the squared distance: l1 has only"),
         (SiDConfig, {"distance": "pseudo_huber"}, "alpha 1.2 belongs to the squared distance"),
         (SiDConfig, {"alpha": -1.0}, "alpha"),
         (SiDConfig, {"prompt_dropout": 1.0}, "prompt_dropout"),

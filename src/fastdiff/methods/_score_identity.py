@@ -160,8 +160,7 @@ class ScoreIdentity(ScoreGap):
         taps = self._taps(ctx)
         x_t = ctx.denoiser.schedule.add_noise(x, eps, t)
         prediction = ctx.denoiser(x_t, t, batch.cond, "fake_score", batch.null, self.fake_guidance, taps)
-        target = prediction_target(prediction.kind, prediction.schedule, x, eps, t)
-        terms = {"denoising": x[0].numel() * mse(prediction.native, target)}
+        terms = {"denoising": x[0].numel() * self.fake_error(prediction, x, eps, t)}
         if taps:
             fake = self._logits(taps, len(batch), ctx)
             # Real images get the same noise; the network stops at the activation that is read.
@@ -169,6 +168,10 @@ class ScoreIdentity(ScoreGap):
             real = self._real_logits(real_t, t, batch, ctx)
             terms["discriminator"] = self.config.gan_discriminator_weight / 2 * discriminator_softplus(real, fake)
         return terms
+
+    def fake_error(self, prediction: Prediction, x: Tensor, eps: Tensor, t: Tensor) -> Tensor:
+        """Mean squared error of the fake score, in its own prediction type."""
+        return mse(prediction.native, prediction_target(prediction.kind, prediction.schedule, x, eps, t))
 
     def critic_sample(self, batch: Batch, ctx: Context) -> Tensor:
         """The student's sample without graph, from noise of its own."""

@@ -10,7 +10,8 @@ from fastdiff.methods.swiftbrush import SwiftBrush, SwiftBrushConfig
 
 @dataclass(frozen=True)
 class PGSBConfig(SwiftBrushConfig):
-    """Defaults are those of the paper's SD1.5 and SD2.1 runs; it takes (0.5, 3) for PixArt-alpha.
+    """Defaults are those of the paper's SD1.5 and SD2.1 runs, but for its image-text term (`clip_weight` 0.1), which needs
+    a scorer; it takes (0.5, 3) for PixArt-alpha.
 
     Args:
         guidance_range: w of both scores is drawn from this range for each sample. The paper does not say whether it

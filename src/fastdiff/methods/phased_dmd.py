@@ -109,7 +109,7 @@ class PhasedDMD(AdversarialScoreGap):
     student's last call is detached. The rollout runs deterministically (DDIM, Euler's step of a flow) through the
     frozen experts of earlier phases and then through the student to a random time of the phase, from which it jumps to
     s in one step (stochastic gradient truncation). The fake score is fitted to that same law, the one it is compared
-    under. With a single phase of one step and `critic_weight: none` this is DMD2 without GAN.
+    under, where the paper's listing fits it to whole rollouts. With a single phase of one step and `critic_weight: none` this is DMD2 without GAN.
 
     With `gan_weight` heads tell x_t from noised images, t above s, and L_student gains gan_weight softplus(-l(x_t)); with
     another `divergence` the gap is weighted by h(exp(l)) / mean h.

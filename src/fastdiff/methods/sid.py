@@ -8,9 +8,13 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from fastdiff.diffusion.losses import mse
 from fastdiff.diffusion.prediction import Prediction
+from fastdiff.diffusion.tensors import broadcast_to
 from fastdiff.methods._score_identity import Scored, ScoreIdentity, ScoreIdentityConfig, dot
 from fastdiff.methods.base import Batch, Context, MethodInfo, check_not_negative, check_positive
+
+Distance = Literal["l2", "l1", "pseudo_huber"]
 
 
 @dataclass(frozen=True)
@@ -18,14 +22,15 @@ class SiDConfig(ScoreIdentityConfig):
     """Loss and scale are those of the paper on small images; SiD-LSG has those on text-to-image.
 
     Args:
-        distance: of the two scores: squared, with `alpha`, or pseudo-Huber, with `huber_c` (SIM).
+        distance: of the two scores: squared, with `alpha`; pseudo-Huber, with `huber_c`; or the sum of absolute values.
+            For any other, override `distance_gradient` (SIM).
         alpha: 1/2 is the gradient of the Fisher divergence, 1 the same with the sampling law held fixed, above 1
             extrapolates; the papers find 1 to 1.2 best.
         huber_c: width of the quadratic part of the pseudo-Huber distance, in the root mean square over a sample of
             D_fake - D_real; the paper's value is not known.
     """
 
-    distance: Literal["l2", "pseudo_huber"] = "l2"
+    distance: Distance = "l2"
     alpha: float = 1.2
     huber_c: float = 1e-3
 
@@ -33,9 +38,9 @@ class SiDConfig(ScoreIdentityConfig):
         super().__post_init__()
         check_not_negative(alpha=self.alpha)
         check_positive(huber_c=self.huber_c)
-        if self.distance == "pseudo_huber" and self.alpha != 1:
+        if self.distance != "l2" and self.alpha != 1:
             raise ValueError(
-                f"alpha {self.alpha} belongs to the squared distance: pseudo_huber has only the gradient with the "
+                f"alpha {self.alpha} belongs to the squared distance: {self.distance} has only the gradient with the "
                 "sampling law held fixed, which is alpha 1. Set alpha to 1, or distance to l2."
             )
 
@@ -50,9 +55,10 @@ class SiD(ScoreIdentity):
 
     sums over the elements of all B samples. The networks' weights get no gradient from L_student, their inputs do.
     Without the normaliser and times 2 a^2 / s^4 (levels a, s of the time), the gradient at alpha = 1/2 is that of
-    E|s_fake - s_real|^2, at alpha = 1 the same with the law of x_t held fixed, and it is affine in alpha. The distance
-    `pseudo_huber` takes L_student = loss_scale / B sum d . (D_fake(x_t) - x) / sqrt(|d|^2 + n c^2) for samples of n
-    numbers: held fixed likewise, that is the gradient of sqrt(|d|^2 + n c^2), which normalises itself.
+    E|s_fake - s_real|^2, at alpha = 1 the same with the law of x_t held fixed, and it is affine in alpha. Any other
+    distance rho takes L_student = loss_scale / B sum rho'(d) . (D_fake(x_t) - x), whose gradient is that of E rho(d) with
+    the law held fixed likewise: rho'(d) = d / sqrt(|d|^2 + n c^2) for `pseudo_huber` and samples of n numbers, which
+    normalises itself, and the signs of d for `l1`.
 
     With a GAN (SiDA), l the logits on the fake score's middle activation,
 
@@ -79,16 +85,25 @@ class SiD(ScoreIdentity):
 
     def sample_loss(self, scored: Scored) -> Tensor:
         """Not a distance itself, but a number with its gradient."""
-        gap = scored.gap
-        identity = dot(gap, scored.residual)
-        if self.config.distance == "pseudo_huber":
-            width = self.config.huber_c**2 * gap[0].numel()
-            return identity / (dot(gap, gap) + width).sqrt()
-        return identity + (1 - self.config.alpha) * dot(gap, gap)
+        identity = dot(self.distance_gradient(scored.gap), scored.residual)
+        if self.config.distance != "l2":
+            return identity
+        return identity + (1 - self.config.alpha) * dot(scored.gap, scored.gap)
+
+    def distance_gradient(self, gap: Tensor) -> Tensor:
+        """rho'(d) of the gap d `(B, C, H, W)` of clean predictions, with its graph; rho is even."""
+        match self.config.distance:
+            case "l2":
+                return gap
+            case "l1":
+                return gap.sign()
+            case "pseudo_huber":
+                width = self.config.huber_c**2 * gap[0].numel()
+                return gap / broadcast_to((dot(gap, gap) + width).sqrt(), gap)
 
     def weight(self, x: Tensor, real: Prediction, batch: Batch, ctx: Context) -> Tensor:
         """`1 / mean|x - D_real|` for the squared distance."""
-        if self.config.distance == "pseudo_huber":
+        if self.config.distance != "l2":
             return torch.ones((), device=x.device)
         return super().weight(x, real, batch, ctx)
 
@@ -150,7 +165,7 @@ class SiDLSG(SiD):
     """SiD with long and short guidance: one kappa guides teacher and fake score, the latter in its training too.
 
     The fake score is fitted through D_null + kappa (D_c - D_null), so that this is the exact denoiser of the student's
-    samples, and drops 10 % of its prompts. Everything else is that of SiD at alpha = 1.
+    samples; 10 % of these are made and fitted without their prompts. Everything else is that of SiD at alpha = 1.
     """
 
     info = MethodInfo(
@@ -166,18 +181,24 @@ class SiDLSG(SiD):
     Config = SiDLSGConfig
     config: SiDLSGConfig
 
+    def fake_error(self, prediction: Prediction, x: Tensor, eps: Tensor, t: Tensor) -> Tensor:
+        """A network of v is weighted by SNR / (SNR + 1), which makes its error that of the noise (released code)."""
+        if prediction.kind == "v_prediction":
+            return mse(prediction.eps, eps)
+        return super().fake_error(prediction, x, eps, t)
+
 
 @dataclass(frozen=True)
 class SIMConfig(SiDConfig):
     """Pseudo-Huber as in the paper; its hyperparameters on text-to-image are not known.
 
     Args:
-        distance: pseudo-Huber, with `huber_c`; squared is SiD at alpha 1.
+        distance: pseudo-Huber, with `huber_c`, or another; squared is SiD at alpha 1.
         alpha: of the squared distance alone.
         loss_scale: multiplies the student's score loss.
     """
 
-    distance: Literal["l2", "pseudo_huber"] = "pseudo_huber"
+    distance: Distance = "pseudo_huber"
     alpha: float = 1.0
     loss_scale: float = 1.0
 

@@ -65,7 +65,8 @@ class UniInstruct(ScoreIdentity):
     (jeffreys). Its fixed point is the same, its direction is not: between Gaussians that of fkl can have the wrong
     sign in the scale. r = exp(logit), bounded, of a discriminator of student and data that reads the fake score's middle
     activation, where the released code makes r of the discriminator's loss; fake score and discriminator are trained
-    as in SiDA.
+    as in SiDA. The released code spends its first 200,000 images on c = 1 alone: a stage of method `sim` with `distance:
+    l2` before this one.
     """
 
     info = MethodInfo(
