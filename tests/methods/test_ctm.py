@@ -31,6 +31,7 @@ from fastdiff.engine.networks import build_networks
 from fastdiff.methods import CTM, LCM, TCD, CTMConfig, LCMConfig, TCDConfig
 from fastdiff.models.analytic import ExactNetwork
 from fastdiff.models.analytic_networks import PointNet
+from fastdiff.models.denoiser import Denoiser
 from fastdiff.models.embeddings import time_features, with_extra_times
 from fastdiff.models.sampler import sample
 from fastdiff.models.teacher import Teacher
@@ -224,6 +225,24 @@ def test_gradient_passes_through_the_averaged_map_but_not_into_it():
     assert all(p.grad is None for p in average.parameters())
     with pytest.raises(ValueError, match="compare_at end"):
         student_loss(method(TCD, compare_at="clean", target_decay=0.9), gaussian_denoiser(student=PointNet(1, 1)), 4)
+
+
+@pytest.mark.parametrize(
+    ("compare_at", "asked"),
+    [("end", ["student", "teacher", "target"]), ("clean", ["student", "teacher", "student", "target", "target"])],
+)
+def test_who_maps_what(compare_at, asked, monkeypatch):
+    """At the clean end the target's own jump is the live student's, and both are taken on by the average."""
+    roles, call = [], Denoiser.__call__
+
+    def spied(self, x_t, t, cond, role, *more, **named):
+        roles.append(role)
+        return call(self, x_t, t, cond, role, *more, **named)
+
+    denoiser = denoiser_of(ExactNetwork(LAW, SD, "epsilon"), student=wide_network(), target=wide_network(3))
+    monkeypatch.setattr(Denoiser, "__call__", spied)
+    student_loss(method(compare_at=compare_at, target_decay=0.9), denoiser, 16)
+    assert roles == asked
 
 
 # Sampling

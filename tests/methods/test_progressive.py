@@ -54,7 +54,7 @@ def test_the_implied_sample_is_the_only_one_whose_step_goes_there(schedule):
 
 
 @SCHEDULES
-@pytest.mark.parametrize("weight", ["truncated_snr", "snr_plus_one"])
+@pytest.mark.parametrize("weight", ["truncated_snr", "snr_plus_one", "velocity"])
 def test_loss_is_the_weighted_error_of_the_clean_sample(schedule, weight):
     """A student that is off by a constant: the weight times its square, at each step of the grid."""
     steps = stage_steps(ProgressiveConfig(num_inference_steps=4))
@@ -73,7 +73,7 @@ def test_loss_is_the_weighted_error_of_the_clean_sample(schedule, weight):
         found = student_loss(one, gaussian_denoiser(schedule, student=student), 8, draws)["progressive"].item()
         alpha, sigma = levels(t, schedule)
         snr = (alpha / sigma).item() ** 2
-        expected = max(snr, 1.0) if weight == "truncated_snr" else snr + 1
+        expected = {"truncated_snr": max(snr, 1.0), "snr_plus_one": snr + 1, "velocity": sigma.item() ** -2}[weight]
         assert found == pytest.approx(0.01 * expected, rel=1e-5)
 
 

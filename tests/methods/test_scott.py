@@ -250,6 +250,8 @@ def test_the_discriminator_sees_data_and_the_students_clean_samples_at_any_time(
 def test_strong_noise_without_discriminator_warns():
     with pytest.warns(UserWarning, match="blurred"):
         SCottConfig(noise_strength=0.5, adversarial_weight=0.0)
+    with pytest.warns(UserWarning, match="er_sde_5 without an adversarial term"):
+        SCottConfig(sde_solver="er_sde_5", adversarial_weight=0.0)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         SCottConfig(noise_strength=0.5)

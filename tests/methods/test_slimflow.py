@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -193,9 +194,39 @@ def test_the_guide_is_the_earlier_run(tiny_sd):
     assert GUIDE in networks.roles
 
 
+def test_both_terms_of_the_distillation_have_the_same_distance():
+    """A scorer that says the mean square makes the perceptual term once more what the plain one is."""
+    z, student, guide = noise(4), Free(**STUDENT), ExactNetwork(LAW, SD, "epsilon")
+    found = {}
+    for weight in (0.0, 1.0):
+        slim = method(objective="distill", perceptual_weight=weight)
+        denoiser = denoiser_of(guide, student=student, guide=guide)
+        ctx = context(denoiser, 4)
+        ctx.decode = lambda latents: latents
+        ctx.scorer = SimpleNamespace(distance=lambda a, b: (a - b).square().flatten(1).mean(1))
+        found[weight] = slim.student_loss(pairs(z, coupled(z)), ctx)
+    torch.testing.assert_close(found[1.0]["flow_guided"], 2 * found[0.0]["flow_guided"], rtol=1e-9, atol=0)
+    torch.testing.assert_close(found[1.0]["perceptual"], found[1.0]["regression"], rtol=1e-9, atol=0)
+
+
+SMALL = {"student_layers_per_block": 1, "student_removed_levels": (1,)}
+
+
+def test_a_smaller_student_and_its_guide_have_one_size(tiny_sd):
+    slim = method(objective="distill", **SMALL)
+    teacher = Teacher(tiny_sd, "tiny")
+    roles = build_networks(slim, teacher, Settings(student="full")).roles
+    sizes = {role: sum(p.numel() for p in roles.parameters(role)) for role in ("student", GUIDE)}
+    assert sizes["student"] == sizes[GUIDE] < 0.8 * sum(p.numel() for p in teacher.network.parameters())
+    assert slim.inherits() == {"student": ("student",), GUIDE: ("student",)}
+    with pytest.raises(ValueError, match="which a LoRA cannot carry"):
+        build_networks(slim, teacher, Settings(student="lora", lora_rank=2))
+
+
 @pytest.mark.parametrize(
     ("config", "named"),
     [
+        ({"student_width": 2.0}, "width"),
         ({"anneal_steps": 0}, "anneal_steps"),
         ({"min_elapsed": 0.9}, "min_elapsed"),
         ({"guided_weight": -1.0}, "guided_weight"),

@@ -12,7 +12,8 @@ from torch import Tensor
 from fastdiff.diffusion.losses import sample_huber, sample_mse
 from fastdiff.diffusion.schedules import NoiseSchedule, Terminal
 from fastdiff.diffusion.tensors import as_times
-from fastdiff.methods.base import Batch, Context, Group, Method, Update, check_not_negative, check_positive, time_at
+from fastdiff.methods._students import SmallStudent, SmallStudentConfig
+from fastdiff.methods.base import Batch, Context, Group, Update, check_not_negative, check_positive, time_at
 from fastdiff.models.sampler import SamplerSpec
 
 LAST_INDEX = 999
@@ -21,7 +22,7 @@ MARGIN = 1e-5
 
 
 @dataclass(frozen=True)
-class StraightConfig:
+class StraightConfig(SmallStudentConfig):
     """What every method on straight lines can be told.
 
     Args:
@@ -41,13 +42,14 @@ class StraightConfig:
     perceptual_weight: float = 0.0
 
     def __post_init__(self) -> None:
+        self.shape()
         check_positive(num_inference_steps=self.num_inference_steps, huber_c=self.huber_c)
         check_not_negative(perceptual_weight=self.perceptual_weight)
         if not 0 < self.start_timestep <= LAST_INDEX:
             raise ValueError(f"start_timestep must be from 1 to {LAST_INDEX}, got {self.start_timestep}")
 
 
-class Straight(Method):
+class Straight(SmallStudent):
     """A student that one loss trains and a stock deterministic sampler runs."""
 
     config: StraightConfig

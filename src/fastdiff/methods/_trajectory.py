@@ -43,7 +43,7 @@ class TrajectoryConfig:
 
     Args:
         guidance_scale: w of the teacher's solver step, 1 means none; the student bakes it in.
-        num_ddim_timesteps: points of the solver's grid, a divisor of the teacher's 1000 indices.
+        num_ddim_timesteps: points of the solver's grid, a divisor of the teacher's 1000 indices, 500 at most.
         loss_type: `huber` with `huber_c`, or `l2`.
         huber_c: width of the quadratic part.
         target_decay: decay of the exponential-average target of full students; 0 takes the live student. LoRA
@@ -130,7 +130,7 @@ class Trajectory(Method):
         with torch.no_grad():
             x_u = self.solve(x_t, place, batch, ctx, w)
             arrived = place.next == place.end
-            target = self.reach_from(x_u, u, s, arrived, batch, ctx, target_role(ctx), inputs)
+            target = self.reach_from(x_u, u, s, arrived, batch, ctx, self.target_role(ctx), inputs)
         return Pair(student, target, place)
 
     def place(self, ctx: Context, device: torch.device) -> Place:
@@ -178,6 +178,10 @@ class Trajectory(Method):
         """w of the teacher, a number or one a sample."""
         return self.config.guidance_scale
 
+    def target_role(self, ctx: Context) -> str:
+        """Whose map the target is: the averaged student's where there is one, else the student's own."""
+        return TARGET if TARGET in ctx.denoiser.roles else "student"
+
     def inputs(self, w: float | Tensor, s: Tensor, denoiser: Denoiser) -> dict[str, Tensor]:
         """Extra inputs of the student's network."""
         return {}
@@ -222,8 +226,3 @@ def teacher_path(
     for t, s in pairwise(times):
         x = jump(ctx.denoiser(x, t, batch.cond, role, batch.null, w), s)
     return x
-
-
-def target_role(ctx: Context) -> str:
-    """The averaged student where there is one, else the student itself."""
-    return TARGET if TARGET in ctx.denoiser.roles else "student"

@@ -42,7 +42,7 @@ _BARRON = 1e-3
 
 @dataclass(frozen=True)
 class APEXConfig:
-    """Defaults are those of the released code.
+    """Defaults are those of the released code, whose integral asks an average of the weights where this asks the live ones.
 
     Args:
         losses: `code` is what the authors released; `paper` is what the paper prints, whose optimum at one step is
@@ -80,12 +80,12 @@ class APEX(Method):
     r"""Average velocities of the data, and a gap between two velocities of the same network as the adversary.
 
     In flow coordinates (share a, see `_flow_map`); F(x, t, s) is the student's velocity told the end s of its jump and
-    a flag, v = eps - x0. A batch falls into four groups: end to end (pure noise to clean), short jumps, any jumps, and
+    a flag, v = eps - x0. A batch falls into four groups: end to end (last noise level to clean), short jumps, any jumps, and
     fakes (noised one-step samples, flagged, s = t). With g = |F(x, t, t; prompt) - F(x, t, t; none)| scaled in, and
     R = [(a_t - a_s) F - integral of F from x_t - d v to s] / d - v (which is F + (a_t - a_s) dF/da - v for small d),
 
         L = barron(F, sg[F - clip(R, 1)]) for the first three (R = F - v where the jump is shorter than d),
-            barron(F, sg[v of the fakes]) for the fourth, each times tan(0.4 pi (1 - (a_t - a_s))) + 1,
+            barron(F, sg[v of the fakes]) for the fourth, the first three times tan(0.4 pi (1 - (a_t - a_s))) + 1,
         + adversarial_weight * barron(F, sg[F - clip(F(y, t', t'; flag) - F(y, t', t'), 1)]) for the first,
 
     y a noised one-step sample, barron(d) = |d|^2 / sg sqrt(|d|^2 / c^2 + 1) / c with c = 1e-3. At the exact flow map

@@ -69,7 +69,7 @@ class CTM(Trajectory):
         L = d(G(x_t, t, s), sg G^-(x_u, u, s)) + denoising_weight * mse(g(x_t, t, t), target of the network's kind),
 
     and with `compare_at` clean both arguments of d are first mapped to the clean end by G^-, with gradient through the
-    left one's input. s = 0 always is consistency distillation. s enters by a zero-initialised layer beside the time
+    left one's input, and the target's jump to s is the live student's. s = 0 always is consistency distillation. s enters by a zero-initialised layer beside the time
     embedding, which LoRA files cannot carry. Steps of a one-step sampler, or with eta = 1, all end clean: there the
     student is exported as an ordinary one. With other samplers s changes from step to step, which stock pipelines
     cannot feed: such students are sampled in process.
@@ -141,6 +141,9 @@ class CTM(Trajectory):
         if self.config.denoising_weight:
             terms["denoising"] = self.config.denoising_weight * self._denoising(batch, ctx)
         return terms
+
+    def target_role(self, ctx: Context) -> str:
+        return "student" if self.config.compare_at == "clean" else super().target_role(ctx)
 
     def _to_clean(self, x: Tensor, place: Place, batch: Batch, ctx: Context) -> Tensor:
         if TARGET not in ctx.denoiser.roles:

@@ -51,7 +51,8 @@ class FreeFlowConfig:
         correct_every: every so many-th sample of a batch is corrected, the others are predicted; the paper corrects a
             quarter. 0 turns the correction off.
         correction_weight: weight of the correction after it is brought to the length of the prediction's residual.
-        correction_mean, correction_std: of ln(sigma / alpha) where the two velocities are compared; biased to noise.
+        correction_mean, correction_std: of ln(sigma / alpha) where the two velocities are compared; biased to noise
+            (the standard deviation is ours).
         norm_power: each sample's loss is divided by its own value to this power, without gradient; 0 is plain.
         norm_constant: added to the value first (ours).
         fake_score_learning_rate: of the velocity of the student's samples; the student's if not given (ours).
@@ -87,7 +88,8 @@ class FreeFlow(EndTold):
         correct: L = w adaptive |u(z, 0) - sg[u(z, 0) - lambda (v_fake - v_teacher)(x_r, r)]|^2,
 
     x_r a noised version of the sample f(z, 0), v_fake the velocity of the student's samples, which a second network
-    learns by denoising them, lambda = |predict's residual| / |v_fake - v_teacher| over the batch. Both velocities and
+    learns by denoising them, lambda = |predict's residual| / |v_fake - v_teacher| over the batch, which gives both terms
+    one length before the norm; no code says in which order the paper applies the two. Both velocities and
     x_r are detached: the student's turn moves the student only. One step only: maps begin at pure noise.
     """
 

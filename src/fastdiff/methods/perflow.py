@@ -33,7 +33,7 @@ _INDICES = LAST_INDEX + 1
 
 @dataclass(frozen=True)
 class PeRFlowConfig:
-    """Defaults are those of the public SD1.5 run, but for the guidance, which the student bakes in.
+    """Defaults are those of the public SD1.5 run, but for the guidance, which the student bakes in, and the line.
 
     Args:
         guidance_scale: w of the teacher's solver.

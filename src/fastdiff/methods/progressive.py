@@ -30,8 +30,9 @@ class ProgressiveConfig:
         stage_teacher: `teacher` for the first stage; `previous` for the student that the run started from.
         guidance_scale: w of the teacher, 1 means none; only the first stage guides, later ones have it baked in.
         first_timestep: index of the first step. 999 divides into 8, 4, 2, 1 steps; 991 also into 32 and 16.
-        loss_weight: of the squared error of clean samples: max(SNR, 1), or SNR + 1 (the error of v). The plain error
-            of the noise would not count at the first step.
+        loss_weight: of the squared error of clean samples: max(SNR, 1), or SNR + 1 (the error of v of a network with
+            alpha^2 + sigma^2 = 1), or 1 / sigma^2 (of a flow's velocity). The plain error of the noise would not count
+            at the first step.
     """
 
     num_inference_steps: int = 8
@@ -39,7 +40,7 @@ class ProgressiveConfig:
     stage_teacher: Literal["teacher", "previous"] = "teacher"
     guidance_scale: float = 1.0
     first_timestep: int = 999
-    loss_weight: Literal["truncated_snr", "snr_plus_one"] = "truncated_snr"
+    loss_weight: Literal["truncated_snr", "snr_plus_one", "velocity"] = "truncated_snr"
 
     def __post_init__(self) -> None:
         check_not_negative(guidance_scale=self.guidance_scale)
@@ -115,7 +116,13 @@ class Progressive(Method):
     def _weight(self, prediction: Prediction) -> Tensor:
         alpha, sigma = prediction.levels
         snr = (alpha / sigma).square()
-        return snr.clamp_min(1) if self.config.loss_weight == "truncated_snr" else snr + 1
+        match self.config.loss_weight:
+            case "truncated_snr":
+                return snr.clamp_min(1)
+            case "snr_plus_one":
+                return snr + 1
+            case "velocity":
+                return 1 / sigma.square()
 
 
 def stage_steps(config: ProgressiveConfig) -> Tensor:

@@ -49,10 +49,12 @@ class SCottConfig(AdversarialTrajectoryConfig, LCMConfig):
         check_positive(solver_steps=self.solver_steps)
         if not 0 <= self.noise_strength <= 1:
             raise ValueError(f"noise_strength must be in [0, 1], got {self.noise_strength}")
-        if self.noise_strength > _BLURRY_FROM and not self.adversarial_weight:
+        own_noise = self.sde_solver == "er_sde_5"
+        if not self.adversarial_weight and (own_noise or self.noise_strength > _BLURRY_FROM):
+            named = "sde_solver er_sde_5" if own_noise else f"noise_strength {self.noise_strength}"
             warnings.warn(
-                f"noise_strength {self.noise_strength} without an adversarial term: the optimum is then close to the "
-                "mean of the data, and samples are blurred. Give adversarial_weight, or at most 0.3.",
+                f"{named} without an adversarial term: the optimum is then close to the mean of the data, and samples "
+                "are blurred. Give adversarial_weight, or another solver with a noise_strength of at most 0.3.",
                 stacklevel=2,
             )
 

@@ -21,7 +21,8 @@ GUIDE = "guide"
 
 @dataclass(frozen=True)
 class SlimFlowConfig(RectifiedFlowConfig):
-    """Defaults are those of the public code for small images.
+    """Defaults are those of the public code for small images, but for its perceptual distance in `distill`
+    (`perceptual_weight`), which needs a scorer, and its smaller network (`student_width` and the like).
 
     Args:
         anneal_steps: steps until the noise of the pairs has replaced random noise.
@@ -64,7 +65,7 @@ class SlimFlow(RectifiedFlow):
     At beta = 1 sample and noise are independent, which trains from scratch as flow matching does; at 0 it is reflow.
     With v = z - x0 and elapsed time tau = 1 - u the second term compares v_student(z, 1) with the public code's
     tau v_student + (1 - tau) v_guide(x_u, u), all detached: at t = 1 both differ from the clean samples by z. The guide
-    is the earlier, reflowed run, given as init_from; the student starts from it too.
+    is the earlier, reflowed run, given as init_from; the student starts from it too, and both have its size.
     """
 
     info = MethodInfo(
@@ -84,7 +85,7 @@ class SlimFlow(RectifiedFlow):
         return {GUIDE: "student"} if self.config.objective == "distill" and self.config.guided_weight else {}
 
     def inherits(self) -> Mapping[str, tuple[str, ...]] | None:
-        return {name: ("student",) for name in ("student", *self.frozen())} if self.frozen() else None
+        return {name: ("student",) for name in ("student", *self.frozen())} if self.frozen() else super().inherits()
 
     def coupled(self, batch: Batch, ctx: Context) -> tuple[Tensor, Tensor]:
         noise, x0 = batch.pairs()
@@ -120,4 +121,4 @@ class SlimFlow(RectifiedFlow):
             level = 1 - self.config.min_elapsed - span * ctx.random.uniform("guided/elapsed")
             u = time_of_level(level.clamp_min(MARGIN), ctx.denoiser.schedule).minimum(start)
             target = ctx.denoiser(jump(first, u), u, batch.cond, GUIDE).x0
-        return self.sample_distance(clean, target).mean()
+        return sum(self.clean_terms(clean, target, ctx).values())
