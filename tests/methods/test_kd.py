@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from method_helpers import SD, context, denoiser_of, f64
+from method_helpers import SD, batch_of, context, denoiser_of, f64
 from straight_helpers import KINDS, LAW, A, Free, noise, pairs, stock_samples
 
 from fastdiff.diffusion import Prediction, solve, teacher_times
@@ -52,6 +52,28 @@ def test_least_squares_recover_the_teachers_map_from_three_pairs_in_two_dimensio
     assert rank == 6
     fresh, expected = (part[3:] for part in teacher_pairs(20))
     torch.testing.assert_close(fresh @ slope.T + offset, expected, rtol=0, atol=1e-9)
+
+
+@pytest.mark.parametrize("case", KINDS)
+def test_pairs_made_on_the_way_are_those_of_a_store(case):
+    schedule, kind = KINDS[case]
+    student = Free(0.5 * torch.eye(2), torch.zeros(2), schedule=schedule, kind=kind)
+    denoiser = denoiser_of(ExactNetwork(LAW, schedule, kind), schedule, kind, student=student)
+    z = noise(4).float().double()
+    stored = solve(
+        lambda x, t: Prediction.from_x0(LAW.denoise(x, t, schedule), x, t, schedule), z, teacher_times(schedule, 8)
+    )
+    one, online = KD(KDConfig()), KD(KDConfig(online_steps=8))
+    assert (one.needs(), online.needs()) == ("pairs", "prompts")
+    expected = one.student_loss(pairs(z, stored), context(denoiser, 4))["regression"]
+    ctx = context(denoiser, 4, {"online/noise": z[:, :, None, None]})
+    found = online.student_loss(batch_of(4, 2), ctx)["regression"]
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=0)
+
+
+def test_guidance_belongs_to_pairs_made_on_the_way():
+    with pytest.raises(ValueError, match="guidance_scale is of online_steps"):
+        KDConfig(guidance_scale=2.0)
 
 
 def test_two_pairs_do_not_determine_the_map():

@@ -5,18 +5,33 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
+from fastdiff.diffusion import Prediction, solve, teacher_times
 from fastdiff.methods._straight import Straight, StraightConfig
-from fastdiff.methods.base import Batch, Context, MethodInfo
+from fastdiff.methods.base import Batch, Context, MethodInfo, Need, check_not_negative
+from fastdiff.models.roles import TEACHER
 
 
 @dataclass(frozen=True)
 class KDConfig(StraightConfig):
-    """A one-step student."""
+    """A one-step student.
+
+    Args:
+        online_steps: DDIM steps of the teacher from noise of each step's own, in place of stored pairs; 0 reads pairs.
+            For prompts of which each is seen a few times only: a store is solved once and read often.
+        guidance_scale: w of that teacher; pairs have theirs.
+    """
+
+    online_steps: int = 0
+    guidance_scale: float = 1.0
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        check_not_negative(online_steps=self.online_steps, guidance_scale=self.guidance_scale)
+        if self.guidance_scale != 1 and not self.online_steps:
+            raise ValueError("guidance_scale is of online_steps; stored pairs were guided when they were made")
         if self.num_inference_steps != 1:
             raise ValueError(
                 "kd makes a one-step student, since pairs hold no points in between: leave num_inference_steps at 1, "
@@ -29,7 +44,7 @@ class KD(Straight):
 
         L = d(x0_student(z, T), x0),   x0 = the teacher's deterministic sample from z,
 
-    plus, if weighted, the perceptual distance of the decoded samples. With plain squares the student blurs where it
+    (by as many steps as the pairs were made with, or `online_steps`), plus, if weighted, the perceptual distance of the decoded samples. With plain squares the student blurs where it
     cannot follow the teacher; on a linear teacher the regression is exact.
     """
 
@@ -46,7 +61,20 @@ class KD(Straight):
     Config = KDConfig
     config: KDConfig
 
+    def needs(self) -> Need:
+        return "prompts" if self.config.online_steps else "pairs"
+
     def student_loss(self, batch: Batch, ctx: Context) -> Mapping[str, Tensor]:
         """One call of the student at the start."""
-        noise, x0 = batch.pairs()
+        noise, x0 = self._solved(batch, ctx) if self.config.online_steps else batch.pairs()
         return self.clean_terms(ctx.denoiser(noise, self.start(noise, ctx), batch.cond, "student").x0, x0, ctx)
+
+    @torch.no_grad()
+    def _solved(self, batch: Batch, ctx: Context) -> tuple[Tensor, Tensor]:
+        """Noise and what the guided teacher makes of it."""
+
+        def predict(x: Tensor, t: Tensor) -> Prediction:
+            return ctx.denoiser(x, t, batch.cond, TEACHER, batch.null, self.config.guidance_scale)
+
+        noise = ctx.random.normal("online/noise", batch.latent_shape)
+        return noise, solve(predict, noise, teacher_times(ctx.denoiser.schedule, self.config.online_steps))
