@@ -21,7 +21,8 @@ HEAD = """# Methods
 
 Made by `python eval/methods_page.py`; do not edit. `fastdiff distill --method NAME --help` explains every option, and
 the equation stands in the docstring of `src/fastdiff/methods/`. "needs" is what the data must hold at the least; "LoRA"
-and "full" are the kinds of student. "embedded teacher" is the best of the scores below.
+and "full" are the kinds of student. Methods of scores also make several students that share the prompts (`students`)
+and, like those on pairs, smaller ones (`student_width` and the like). "embedded teacher" is the best of the scores below.
 """
 BOARD = """
 ## Scores on the embedded teacher

@@ -17,6 +17,9 @@ FREEFLOW = ("--fake_score", "full", "--correct_every", "2")
     ("boot", "prompts", ()),
     ("freeflow", "prompts", FREEFLOW),
     ("meanflow", "images", ("--timesteps", "999", "499")),
+    ("meanflow", "images", ("--timesteps", "999", "499", "--sampling", "jump")),
+    ("ctm", "images", ("--num_inference_steps", "4", "--eta", "0.3")),
+    ("ctm", "images", ("--num_inference_steps", "2", "--eta", "0")),
     ("apex", "images", ("--train_batch_size", "4", "--timesteps", "999", "499")),
     ("scm", "images", ()),
 ])  # fmt: skip

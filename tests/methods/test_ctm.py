@@ -274,9 +274,9 @@ def test_exact_maps_keep_the_law_at_any_eta(eta, steps):
     assert (max(map(abs, noise), default=0) > 0.01) == (eta > 0 and steps > 1)
 
 
-def test_samplers_of_told_students_have_no_stock_scheduler_and_the_others_have():
+def test_samplers_that_tell_have_no_stock_scheduler_and_the_others_have():
     config = {"num_train_timesteps": 1000, "beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
-    with pytest.raises(ValueError, match=r"where each step ends.*tcd"):
+    with pytest.raises(ValueError, match="where each step ends"):
         method(eta=0.3).sampler().build_scheduler(config, "epsilon")
     stock = TCD(TCDConfig()).sampler().build_scheduler(config, "epsilon")
     assert type(stock).__name__ == "TCDScheduler" and TCD(TCDConfig()).sampler().eta == 0.3

@@ -17,6 +17,7 @@ from fastdiff.models.embeddings import (
     with_extra_times,
     with_fixed_input,
     with_guidance_input,
+    with_input_at_times,
 )
 from fastdiff.models.families import StableDiffusion, StableDiffusionXL
 
@@ -99,6 +100,29 @@ def test_networks_without_a_slot_are_refused(tiny_sd):
         with_extra_times(AffinePerBin(1, (0.0, 999.0)))
     with pytest.raises(ValueError, match="already takes 256"):
         with_extra_times(with_guidance_input(tiny_sd.unet))
+
+
+@pytest.mark.parametrize("times", [[999.0], [999.0, 499.0], [999.0, 899.0, 749.0, 624.0, 499.0, 374.0, 249.0, 124.0]])
+@pytest.mark.parametrize("kind", ["sd", "sdxl"])
+def test_an_input_that_goes_with_the_time_becomes_a_matrix(kind, times, request):
+    torch.manual_seed(0)
+    pipeline = request.getfixturevalue(f"tiny_{kind}")
+    network, family, cond, shape = (stable_diffusion if kind == "sd" else stable_diffusion_xl)(pipeline)
+    wide = with_extra_times(network)
+    nn.init.normal_(slot_of(wide).weight, std=0.3)
+    ends = torch.tensor([*times[1:], -1.0])
+    before = {k: v.clone() for k, v in wide.state_dict().items()}
+    plain = with_input_at_times(wide, torch.tensor(times), time_features([ends]))
+    x, largest = torch.randn(2, *shape), 0.0
+    for time, end in zip(times, ends):
+        t, features = torch.full((2,), time), time_features([end.expand(2)])
+        with torch.no_grad():
+            told = family.call(wide, x, t, cond, timestep_cond=features)
+            torch.testing.assert_close(family.call(plain, x, t, cond), told, rtol=1e-4, atol=1e-5)
+            largest = max(largest, (family.call(wide, x, t, cond) - told).abs().max().item())
+    assert largest > 1e-3  # what it is told matters
+    assert plain.config.time_cond_proj_dim is None
+    assert all(torch.equal(before[name], value) for name, value in wide.state_dict().items())
 
 
 @pytest.mark.parametrize("kind", ["sd", "sdxl"])

@@ -70,9 +70,9 @@ class CTM(Trajectory):
 
     and with `compare_at` clean both arguments of d are first mapped to the clean end by G^-, with gradient through the
     left one's input, and the target's jump to s is the live student's. s = 0 always is consistency distillation. s enters by a zero-initialised layer beside the time
-    embedding, which LoRA files cannot carry. Steps of a one-step sampler, or with eta = 1, all end clean: there the
-    student is exported as an ordinary one. With other samplers s changes from step to step, which stock pipelines
-    cannot feed: such students are sampled in process.
+    embedding, which LoRA files cannot carry. What a step of the sampler is told is known from its
+    time, so that the export makes it part of the network: stock DDIM or TCD run the student, at its own steps. With
+    eta = 1 all steps end clean, and any number of them will do.
     """
 
     info = MethodInfo(

@@ -88,13 +88,46 @@ def with_fixed_input(network: nn.Module, features: Tensor) -> nn.Module:
     The slot adds `cond_proj(features)` to what enters the time embedding's first layer: a constant becomes part of
     that layer's bias, so that stock pipelines need not know of the input.
     """
+    (shift,) = _shifts(network, features)
+    return _plain(network, "bias", shift)
+
+
+def with_input_at_times(network: nn.Module, times: Tensor, features: Tensor) -> nn.Module:
+    """A plain copy of a widened UNet that does what the network does at each of `times` `(N,)` with its `features` `(N, n)`.
+
+    What the slot adds at N times is N vectors, and the N sinusoids that the layer is fed there are independent: one
+    change of its matrix, of rank N, gives all of them exactly. At other times it means nothing. So a student that is told
+    where each step ends is run by stock pipelines, on its own steps.
+
+    Args:
+        network: made by `with_extra_times` or `with_guidance_input`.
+        times: what the network is fed as its time; all different, fewer than its sinusoids.
+        features: what it is told there.
+    """
+    sinusoids = network.time_proj(times.float()).double()  # as the forward pass makes them
+    change = torch.linalg.pinv(sinusoids) @ _shifts(network, features).to(sinusoids.device)
+    return _plain(network, "weight", change.T)
+
+
+_SLOT, _LAYER = "time_embedding.cond_proj.weight", "time_embedding.linear_1"
+
+
+@torch.no_grad()
+def _shifts(network: nn.Module, features: Tensor) -> Tensor:
+    """What the layer behind the slot gives more, `(N, channels)`, when the network is told `features` `(N, n)`."""
+    state = network.state_dict()
+    slot = state[_SLOT].double()
+    return features.to(slot) @ slot.T @ state[f"{_LAYER}.weight"].double().T
+
+
+@torch.no_grad()
+def _plain(network: nn.Module, changed: str, change: Tensor) -> nn.Module:
+    """The network without its slot, and with a change of one tensor of the layer behind it."""
     config = {key: value for key, value in dict(network.config).items() if not key.startswith("_")}
     state = dict(network.state_dict())
-    slot, layer = state.pop("time_embedding.cond_proj.weight"), "time_embedding.linear_1"
-    with torch.no_grad():
-        told = slot.double() @ features[0].to(slot.device, torch.float64)
-        shift = state[f"{layer}.weight"].double() @ told
-        state[f"{layer}.bias"] = (state[f"{layer}.bias"].double() + shift).to(slot.dtype)
+    del state[_SLOT]
+    old = state[f"{_LAYER}.{changed}"]
+    state[f"{_LAYER}.{changed}"] = (old.double() + change.to(old.device)).to(old.dtype)
     with torch.device("meta"):
         plain = type(network).from_config(config | {"time_cond_proj_dim": None})
     plain.load_state_dict(state, strict=True, assign=True)

@@ -51,7 +51,8 @@ class SamplerSpec:
             other step counts stay on it); None takes the trailing grid wherever that gives `timesteps`.
         eta: of "tcd": 0 is the deterministic jump, 1 jumps to index 0 and noises from there. Stock schedulers do not
             save it: the user passes `eta` to the pipeline.
-        tells_end: the network is told where each step ends, which stock pipelines cannot do.
+        tells_end: the network is told where each step ends, which stock pipelines cannot do; an export makes it part of
+            the network at these very times.
         sigmas: noise levels of a flow that the user passes to the pipeline, where no config of its scheduler gives them
             from the number of steps alone; `storable` fills them in.
 
@@ -154,6 +155,11 @@ class SamplerSpec:
             return float(schedule.time_of_index(0 if last else math.floor((1 - self.eta) * self.timesteps[step + 1])))
         return Terminal.CLEAN if last or self.kind == "lcm" else self.schedule_times(schedule)[step + 1]
 
+    def end_time(self, step: int, schedule: NoiseSchedule) -> float:
+        """The same as a number, for networks that are told it."""
+        end = self.end(step, schedule)
+        return float(schedule.time_of_index(CLEAN_INDEX)) if end is Terminal.CLEAN else end
+
     def call_arguments(self) -> dict[str, Any]:
         """What a user passes to the stock pipeline besides the prompt, guidance left out."""
         extra = {"eta": self.eta, "sigmas": list(self.sigmas)}
@@ -244,15 +250,10 @@ def sample(
     x = noise
     noisy = spec.kind == "lcm" or spec.eta > 0
     for step, time in enumerate(spec.schedule_times(schedule)):
-        prediction = predict(x, _batch_time(time, x), _batch_time(_end_time(spec, step, schedule), x))
+        prediction = predict(x, _batch_time(time, x), _batch_time(spec.end_time(step, schedule), x))
         fresh = step_noise(step) if noisy and step < len(spec) - 1 else None
         x = advance(spec, step, prediction, fresh, schedule)
     return x
-
-
-def _end_time(spec: SamplerSpec, step: int, schedule: NoiseSchedule) -> float:
-    end = spec.end(step, schedule)
-    return float(schedule.time_of_index(CLEAN_INDEX)) if end is Terminal.CLEAN else end
 
 
 def has_boundary_weights(schedule: NoiseSchedule) -> bool:

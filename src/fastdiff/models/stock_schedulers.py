@@ -29,10 +29,9 @@ def stock_scheduler(
     """See `SamplerSpec.build_scheduler`."""
     if spec.tells_end:
         raise ValueError(
-            "this student is told where each step ends, an input that changes from step to step; stock pipelines "
-            "compute extra inputs once, so no stock scheduler can serve it. Sample it in process "
-            "(fastdiff.models.sampler.sample), let every step end at the clean end (one step, or for ctm eta 1), or "
-            "train a student without that input: --method tcd, pcm or tscd."
+            "this network is told where each step ends, an input that changes from step to step; stock pipelines compute "
+            "extra inputs once. Make it part of the network at the sampler's times "
+            "(fastdiff.models.embeddings.with_input_at_times), as the export of a run does, and leave tells_end out."
         )
     if (prediction_type == "flow") != _on_flow(spec, teacher_scheduler_config):
         raise ValueError(

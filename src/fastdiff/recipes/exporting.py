@@ -16,13 +16,15 @@ from torch import Tensor, nn
 
 from fastdiff import export
 from fastdiff.diffusion.prediction import Prediction
+from fastdiff.diffusion.schedules import NoiseSchedule
 from fastdiff.engine import Trainer
 from fastdiff.engine.previews import sample_role, write_grid
 from fastdiff.models.absent import absent_parts
 from fastdiff.models.conditioning import Conditioning
 from fastdiff.models.denoiser import Denoiser
-from fastdiff.models.embeddings import with_fixed_input
+from fastdiff.models.embeddings import with_fixed_input, with_input_at_times
 from fastdiff.models.quantizing import exact_weights
+from fastdiff.models.sampler import SamplerSpec
 from fastdiff.models.teacher import Teacher, scheduler_config
 from fastdiff.recipes.options import HubOptions
 from fastdiff.recipes.recipe import Recipe
@@ -129,6 +131,9 @@ def trained_student(trainer: Trainer) -> export.Student:
     if told is not None and sampler.guidance_scale <= 1:  # above it, the input is the guidance that pipelines embed
         network = with_fixed_input(network, told)
     family, schedule = trainer.teacher.family, trainer.networks.denoiser.schedule
+    if sampler.tells_end:
+        network = with_input_at_times(network, *_told_steps(trainer))
+        sampler = dataclasses.replace(sampler, tells_end=False)
     if family.embeds_guidance(network):
         sampler = dataclasses.replace(sampler, guidance_scale=family.own_guidance)
     return export.Student(
@@ -139,6 +144,19 @@ def trained_student(trainer: Trainer) -> export.Student:
         component=family.network_name,
         schedule=schedule,
     )
+
+
+def _told_steps(trainer: Trainer) -> tuple[Tensor, Tensor]:
+    """Each step's time as the network is fed it, `(N,)`, and what it is told there, `(N, n)`."""
+    denoiser, device = trainer.networks.denoiser, trainer.device
+    times, ends = _times_and_ends(trainer.method.sampler(), denoiser.schedule, device)
+    told = trainer.method.step_inputs(denoiser, times, ends)["timestep_cond"]
+    return denoiser.schedule.network_time(times), told
+
+
+def _times_and_ends(sampler: SamplerSpec, schedule: NoiseSchedule, device: torch.device) -> tuple[Tensor, Tensor]:
+    ends = [sampler.end_time(step, schedule) for step in range(len(sampler))]
+    return torch.tensor(sampler.schedule_times(schedule), device=device), torch.tensor(ends, device=device)
 
 
 def fresh_pipeline(teacher: Teacher, student: export.Student, scratch: Path) -> Any:
@@ -192,12 +210,16 @@ def _experts(trainer: Trainer) -> export.Experts | None:
 
 def _predict(trainer: Trainer, role: str = "student") -> export.Predict:
     """The trainer's student, computed in the type its weights are stored in."""
-    own = trainer.networks.denoiser
+    own, sampler = trainer.networks.denoiser, trainer.method.sampler()
     weight = next(own.roles.network(role).parameters())
     denoiser = Denoiser(own.roles, own.family, own.schedule, own.kind, weight.dtype)
 
     def predict(x_t: Tensor, t: Tensor, cond: Conditioning) -> Prediction:
         inputs = trainer.method.sampling_inputs(denoiser, len(x_t), x_t.device)
+        if sampler.tells_end:
+            times, ends = _times_and_ends(sampler, denoiser.schedule, x_t.device)
+            step = (times - t[:, None]).abs().argmin(dim=1)
+            inputs |= trainer.method.step_inputs(denoiser, t, ends[step])
         return denoiser(x_t, t, cond, role, **inputs)
 
     return predict
