@@ -55,9 +55,15 @@ def test_classes_fall_into_blocks_of_consecutive_ones():
 
 def test_features_average_over_tokens():
     embeds = torch.randn(3, 7, 5)
-    features = features_of(Conditioning({"prompt_embeds": embeds, "pooled_prompt_embeds": torch.randn(3, 2)}))
+    features = features_of(Conditioning({"prompt_embeds": embeds}))
     torch.testing.assert_close(features, embeds.double().mean(1))
     assert features.dtype == torch.float64
+
+
+def test_features_are_the_pooled_embedding_where_there_is_one():
+    pooled = torch.randn(3, 2)
+    features = features_of(Conditioning({"prompt_embeds": torch.randn(3, 7, 5), "pooled_prompt_embeds": pooled}))
+    assert torch.equal(features, pooled.double())
 
 
 def test_too_few_conditions():

@@ -13,11 +13,13 @@ _AXIS_ROUNDS = 50
 
 
 def features_of(cond: Conditioning) -> Tensor:
-    """What conditions are routed by, `(B, D)` float64 on the host: the first tensor, averaged over tokens if it has any.
+    """What conditions are routed by, `(B, D)` float64 on the host.
 
-    Prompt embeddings of the Stable Diffusion families; the class label `(B, 1)` where that is the condition.
+    The pooled prompt embedding where the family has one, as in the paper; else prompt embeddings, averaged over tokens
+    (Stable Diffusion 1 and 2 pool nothing); the class label `(B, 1)` where that is the condition.
     """
-    first = next(iter(cond.tensors.values())).detach().to("cpu", torch.float64)
+    named = cond.tensors.get("pooled_prompt_embeds", next(iter(cond.tensors.values())))
+    first = named.detach().to("cpu", torch.float64)
     return first.flatten(1, -2).mean(1) if first.dim() > 2 else first.reshape(len(first), -1)
 
 
