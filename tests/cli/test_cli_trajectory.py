@@ -62,13 +62,3 @@ def test_run_exports_what_stock_diffusers_loads(method, tiny_sd_folder, image_fo
         first, last = (load_file(folder / "student" / "pytorch_lora_weights.safetensors") for folder in folders)
         moved = max((first[name] - last[name]).abs().max().item() for name in first)
         assert 0 < moved < 0.5  # the last stage goes on from the first one's weights
-
-
-@pytest.mark.slow
-def test_a_student_that_is_told_changing_ends_is_refused_before_it_trains(
-    tiny_sd_folder, image_folder, tmp_path, fails
-):
-    flags = ["--num_inference_steps", "2", "--student", "full", "--output_dir", str(tmp_path / "run")]
-    data = ["--teacher", str(tiny_sd_folder), "--train_data_dir", str(image_folder), "--max_train_steps", "1"]
-    message = fails("distill", "--method", "ctm", *flags, *data)
-    assert "where each step ends" in message and "eta 1" in message
