@@ -235,7 +235,7 @@ def test_converges_to_the_teachers_law_with_exact_critics(name):
     steps = 250
     optimizer = torch.optim.Adam(student.parameters(), lr=3e-2)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
-    one = method(divergence=name, student_update_every=1, gan_weight=1e-3)
+    one = method(divergence=name, student_update_every=1, update_rule="every", gan_weight=1e-3)
     run(one, denoiser, {"student": optimizer}, batch_of(64, 2), steps, lambda step: schedule.step(), heads)
     assert (student.b - mu).abs().max() < 2e-3
     assert (student.A @ student.A.T - cov).abs().max() < 2e-3
