@@ -24,6 +24,7 @@ class RatioConfig:
         power: exponent of h(r) = r^power where `divergence` is `power`.
         ratio_min, ratio_max: bounds of the density ratio.
         time_bins: parts of the time range in which the ratio is brought to mean 1 before h is taken; 0 for none.
+            The released code of f-distill has 10.
         time_bins_decay: share of the old mean of such a part in its new one.
     """
 

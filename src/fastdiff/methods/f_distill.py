@@ -23,7 +23,6 @@ class FDistillConfig(RatioConfig, AdversarialScoreGapConfig):
 
     Args:
         divergence: which f; `rkl` is DMD2, `js` the paper's best on COCO, `fkl` covers most modes and is noisiest.
-        time_bins: as below; the released code has 10.
         guidance_scale: w of the teacher's score. The ratio compares the student with the images of the data, so that
             far above 1 the weight is a heuristic.
         update_rule: as in the released code, a step updates either the student or its critics.
@@ -35,7 +34,6 @@ class FDistillConfig(RatioConfig, AdversarialScoreGapConfig):
     """
 
     divergence: DivergenceName = "js"
-    time_bins: int = 0
     guidance_scale: float = 1.75
     update_rule: Literal["every", "exclusive"] = "exclusive"
     student_update_every: int = 10

@@ -12,6 +12,7 @@ from fastdiff.models.analytic_networks import WidenableNetwork
 
 TIME_FEATURES = 256
 """Features of one extra number, as in the published models that take a guidance embedding."""
+_SLOT, _LAYER = "time_embedding.cond_proj.weight", "time_embedding.linear_1"
 
 
 def guidance_embedding(w: Tensor, dim: int) -> Tensor:
@@ -76,7 +77,7 @@ def _widened(network: nn.Module, dim: int, what: str) -> nn.Module:
         )
     copy = UNet2DConditionModel.from_config(network.config, time_cond_proj_dim=dim)
     missing, unexpected = copy.load_state_dict(network.state_dict(), strict=False)
-    if list(missing) != ["time_embedding.cond_proj.weight"] or unexpected:
+    if list(missing) != [_SLOT] or unexpected:
         raise ValueError(f"weights do not fit the widened network: missing {missing}, unexpected {unexpected}")
     nn.init.zeros_(copy.time_embedding.cond_proj.weight)
     return copy
@@ -107,9 +108,6 @@ def with_input_at_times(network: nn.Module, times: Tensor, features: Tensor) -> 
     sinusoids = network.time_proj(times.float()).double()  # as the forward pass makes them
     change = torch.linalg.pinv(sinusoids) @ _shifts(network, features).to(sinusoids.device)
     return _plain(network, "weight", change.T)
-
-
-_SLOT, _LAYER = "time_embedding.cond_proj.weight", "time_embedding.linear_1"
 
 
 @torch.no_grad()
