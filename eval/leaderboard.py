@@ -91,6 +91,7 @@ def entries_of(folders: list[Path], table: str, recipe: Path, seed: int, command
     from fastdiff.methods import method_named
     from fastdiff.recipes import Student
     from fastdiff.recipes.mixture import ROUTER_FILE, StudentMixture
+    from fastdiff.recipes.student import call_settings
 
     student, benchmark = Student(folders[-1]), open_protocol(arguments.protocol)
     efforts = [Student(folder).record.effort for folder in folders]
@@ -104,7 +105,8 @@ def entries_of(folders: list[Path], table: str, recipe: Path, seed: int, command
     for steps in arguments.steps or [len(student.sampler)]:
         if (recipe.stem, seed, steps) in done:
             continue
-        row = evaluate(pipeline, benchmark, steps, student.sampler.guidance_scale, name=recipe.stem, route=route)
+        guidance = call_settings(student.folder, steps)["guidance_scale"]
+        row = evaluate(pipeline, benchmark, steps, guidance, name=recipe.stem, route=route)
         score, baseline = score_against(row, rows, table)
         yield Entry(
             method=info.name,

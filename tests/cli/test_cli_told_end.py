@@ -8,7 +8,8 @@ from cli_helpers import SHORT
 from safetensors.torch import load_file
 
 from fastdiff.cli import main
-from fastdiff.recipes.student import load_pipeline
+from fastdiff.recipes.errors import RecipeError
+from fastdiff.recipes.student import call_settings, load_pipeline
 
 FREEFLOW = ("--fake_score", "full", "--correct_every", "2")
 
@@ -37,6 +38,11 @@ def test_runs_export_what_stock_diffusers_samples(
     slot = pipeline.unet.time_embedding.cond_proj
     assert slot is None or not slot.weight.any()  # the zeros that switch guidance off
     steps = len(record["sampler"]["timesteps"])
+    moving = "jump" in more or method == "ctm" and steps > 1  # told another end at each step
+    assert record["sampler"]["own_steps_only"] == moving
+    if moving:
+        with pytest.raises(RecipeError, match=f"where each of its {steps} steps ends"):
+            call_settings(folder / "student", steps + 1)
     images = pipeline("a dog", num_inference_steps=steps, output_type="pt", generator=torch.Generator()).images
     assert images.isfinite().all()
     if method != "scm":

@@ -53,6 +53,7 @@ class SamplerSpec:
             save it: the user passes `eta` to the pipeline.
         tells_end: the network is told where each step ends, which stock pipelines cannot do; an export makes it part of
             the network at these very times.
+        own_steps_only: the network is right at these times alone, as that export leaves it.
         sigmas: noise levels of a flow that the user passes to the pipeline, where no config of its scheduler gives them
             from the number of steps alone; `storable` fills them in.
 
@@ -67,6 +68,7 @@ class SamplerSpec:
     original_inference_steps: int | None = None
     eta: float = 0.0
     tells_end: bool = False
+    own_steps_only: bool = False
     sigmas: tuple[float, ...] = ()
 
     def __post_init__(self) -> None:

@@ -133,7 +133,7 @@ def trained_student(trainer: Trainer) -> export.Student:
     family, schedule = trainer.teacher.family, trainer.networks.denoiser.schedule
     if sampler.tells_end:
         network = with_input_at_times(network, *_told_steps(trainer))
-        sampler = dataclasses.replace(sampler, tells_end=False)
+        sampler = dataclasses.replace(sampler, tells_end=False, own_steps_only=True)
     if family.embeds_guidance(network):
         sampler = dataclasses.replace(sampler, guidance_scale=family.own_guidance)
     return export.Student(

@@ -58,7 +58,8 @@ def call_settings(folder: str | Path, steps: int | None = None, guidance_scale: 
 
     Raises:
         FileNotFoundError: if there is no such folder.
-        RecipeError: if the folder is no student and no number of steps is given, or if that is below 1.
+        RecipeError: if the folder is no student and no number of steps is given, if that is below 1, or if the student
+            has no other number of steps than its own.
     """
     folder = Path(folder)
     if not folder.is_dir():
@@ -71,7 +72,19 @@ def call_settings(folder: str | Path, steps: int | None = None, guidance_scale: 
     if call.get("num_inference_steps", 0) < 1:
         found = f"got {steps}" if steps is not None else f"and {folder} is no student that knows it"
         raise RecipeError(f"--num_inference_steps must be at least 1, {found}")
+    _check_own_steps(folder, call["num_inference_steps"])
     return call
+
+
+def _check_own_steps(folder: Path, steps: int) -> None:
+    if not (folder / RECORD_FILE).is_file():
+        return
+    own = read_record(folder).sampler
+    if own.own_steps_only and steps != len(own):
+        raise RecipeError(
+            f"{folder} was told where each of its {len(own)} steps ends, and that is part of its weights now: leave "
+            f"--num_inference_steps out, or train a student of {steps} steps"
+        )
 
 
 def load_pipeline(
