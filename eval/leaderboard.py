@@ -105,8 +105,10 @@ def entries_of(folders: list[Path], table: str, recipe: Path, seed: int, command
     for steps in arguments.steps or [len(student.sampler)]:
         if (recipe.stem, seed, steps) in done:
             continue
-        guidance = call_settings(student.folder, steps)["guidance_scale"]
-        row = evaluate(pipeline, benchmark, steps, guidance, name=recipe.stem, route=route)
+        call = call_settings(student.folder, steps)
+        guidance = call.pop("guidance_scale")
+        call.pop("num_inference_steps")
+        row = evaluate(pipeline, benchmark, steps, guidance, name=recipe.stem, route=route, extra=call)
         score, baseline = score_against(row, rows, table)
         yield Entry(
             method=info.name,

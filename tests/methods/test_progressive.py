@@ -194,9 +194,11 @@ def test_sampler_is_stock_ddim():
 # The engine
 
 
+@pytest.mark.parametrize("ema", [None, 0.9])
 @pytest.mark.parametrize("kind", ["lora", "full"])
-def test_the_earlier_student_becomes_start_and_frozen_teacher(tiny_sd_folder, tmp_path, kind):
-    common = {"student": kind, "max_train_steps": 1, "learning_rate": 3e-2}
+def test_the_earlier_student_becomes_start_and_frozen_teacher(tiny_sd_folder, tmp_path, kind, ema):
+    """As it was exported: averaged, where its run kept an average."""
+    common = {"student": kind, "max_train_steps": 2, "learning_rate": 3e-2, "ema_decay": ema}
     first = Trainer(
         method(num_inference_steps=2, guidance_scale=2.0),
         Teacher.from_pretrained(tiny_sd_folder),
@@ -214,9 +216,12 @@ def test_the_earlier_student_becomes_start_and_frozen_teacher(tiny_sd_folder, tm
         start_from(second, None)
     start_from(second, str(tmp_path / "a"))
     roles = second.networks.roles
-    learned = first.networks.parameters("student")
+    with first.student.evaluated():
+        learned = [p.clone() for p in first.networks.parameters("student")]
     for role in ("student", "previous"):
         assert all(torch.equal(a, b) for a, b in zip(learned, roles.parameters(role), strict=True))
+    live = first.networks.parameters("student")
+    assert (ema is None) == all(torch.equal(a, b) for a, b in zip(learned, live, strict=True))
     kept = [p.clone() for p in roles.parameters("previous")]
     second.train_step(next(second.batches.steps(0)))
     assert all(torch.equal(a, b) for a, b in zip(kept, roles.parameters("previous"), strict=True))

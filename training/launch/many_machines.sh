@@ -1,7 +1,7 @@
 #!/bin/bash
 # Several machines without a scheduler: run this on each of them, with HEAD the name of one.
 #
-#   HEAD=node0 NODES=4 training/launch/many_machines.sh training/recipes/sdxl/dmd2_4step.yaml --data /shared/cache
+#   HEAD=node0 NODES=4 training/launch/many_machines.sh training/recipes/sdxl/dmd2_4step.yaml --data /nfs/cache
 #
 # The same by accelerate, with RANK 0 .. NODES - 1 given to each machine:
 #   accelerate launch --multi_gpu --num_machines 4 --num_processes 32 --machine_rank $RANK \

@@ -81,7 +81,7 @@ def global_mean(value: Tensor) -> Tensor:
 def warn_if_alone(world: int) -> None:
     """Warns when a launcher announced several processes but this one runs alone.
 
-    `accelerate launch --cpu --num_processes 2` starts a single process without a word (accelerate issue 2741).
+    `accelerate launch --cpu --num_processes 2` starts a single process without a word (huggingface/accelerate#2741).
     """
     announced = announced_processes()
     if announced > world:

@@ -50,7 +50,9 @@ class Settings:
     )
 
     scorer: str = setting(
-        LOSS_TOWER, "network of perceptual and image-text terms: loss_tower (shipped), or an open_clip folder"
+        LOSS_TOWER,
+        "network of perceptual, image-text and pixel-adversarial terms: loss_tower (shipped), lpips (torchmetrics' VGG), or "
+        "the folder of an open_clip tower or of a SAM encoder",
     )
 
     learning_rate: float = setting(1e-4, "student's learning rate (1e-4 suits LoRA, 1e-6 to 1e-5 full students)")

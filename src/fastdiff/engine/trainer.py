@@ -49,6 +49,7 @@ class Trainer:
         on_preview: called with the trainer and a label at the start and every `validation_steps`.
         on_start: called once before the first step, e.g. to prove that an export of the untrained student works.
         validate: gives a number to minimise; the best checkpoint is kept as `checkpoints/best`.
+        scorer: the frozen network of perceptual and image-text terms; the one that `settings.scorer` names if not given.
     """
 
     def __init__(
@@ -62,6 +63,7 @@ class Trainer:
         on_preview: RunHook | None = None,
         on_start: RunHook | None = None,
         validate: Validation | None = None,
+        scorer: Scorer | None = None,
     ) -> None:
         from accelerate import Accelerator
 
@@ -72,7 +74,7 @@ class Trainer:
         self.on_preview, self.on_start, self.validate = on_preview, on_start, validate
         torch.backends.cuda.matmul.allow_tf32 = settings.allow_tf32
         warn_if_alone(self.accelerator.num_processes)
-        self.scorer: Scorer | None = open_scorer(settings.scorer, self.device) if method.needs_scorer() else None
+        self.scorer = (scorer or open_scorer(settings.scorer, self.device)) if method.needs_scorer() else None
         self.identity = teacher.identity()
         self.networks: Networks = build_networks(method, teacher, settings, self.scorer)
         groups = method.groups()

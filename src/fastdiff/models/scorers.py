@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fastdiff.models.image_scorers import LPIPS, LpipsScorer, SamScorer
 from fastdiff.models.towers import SHIPPED, Tower, file_sha256, load_tower
 
 LOSS_TOWER = "loss_tower"
@@ -20,7 +21,6 @@ class Scorer(Protocol):
     """What a loss may ask about images `(B, 3, H, W)` in [-1, 1]; gradients reach the images, never the weights."""
 
     name: str
-    sha256: str
 
     def distance(self, a: Tensor, b: Tensor) -> Tensor:
         """Perceptual distance of each pair, `(B,)`; 0 for equal images."""
@@ -61,8 +61,7 @@ class TowerScorer:
                 f"scorer {tower.name!r} holds the weights that students are measured with; what is trained on is "
                 f"never measured with: give {LOSS_TOWER!r} or the folder of another tower"
             )
-        self.tower = tower
-        self.name, self.sha256 = tower.name, tower.sha256
+        self.tower, self.name = tower, tower.name
 
     @classmethod
     def from_folder(cls, folder: str | Path) -> TowerScorer:
@@ -122,14 +121,19 @@ class TowerScorer:
         return self.tower.preprocess.of_unit(images)
 
 
-def open_scorer(name: str, device: torch.device | str = "cpu") -> TowerScorer:
-    """The shipped `loss_tower`, or the tower of a folder.
+def open_scorer(name: str, device: torch.device | str = "cpu") -> Scorer:
+    """The shipped `loss_tower`, torchmetrics' `lpips`, or the network of a folder: an open_clip tower or a SAM encoder.
 
     Raises:
         FileNotFoundError: if the folder lacks a file.
         ValueError: if it is the tower that students are measured with.
     """
-    return TowerScorer.from_folder(SHIPPED / "loss" if name == LOSS_TOWER else name).to(device)
+    if name == LPIPS:
+        return LpipsScorer().to(device)
+    folder = SHIPPED / "loss" if name == LOSS_TOWER else Path(name)
+    if (folder / "config.json").is_file() and not (folder / "open_clip_config.json").is_file():
+        return SamScorer.from_folder(folder).to(device)
+    return TowerScorer.from_folder(folder).to(device)
 
 
 def _unit(features: Tensor) -> Tensor:

@@ -14,6 +14,7 @@ from fastdiff.engine.previews import Previews
 from fastdiff.engine.tracking import tracker_class
 from fastdiff.engine.validation import FeatureMoments
 from fastdiff.methods import method_named
+from fastdiff.models.scorers import Scorer
 from fastdiff.models.teacher import Teacher
 from fastdiff.recipes.errors import RecipeError, RunInterrupted
 from fastdiff.recipes.exporting import export_run, prove_export
@@ -34,6 +35,7 @@ def distill(
     data: str | Path | Sequence[str] | TrainingData | None = None,
     *,
     config: str | Path | None = None,
+    scorer: str | Scorer | None = None,
     **settings: Any,
 ) -> Student:
     """Distils a teacher into a few-step student, exports it and loads it back.
@@ -43,6 +45,7 @@ def distill(
         method: name of the method (`fastdiff methods`); dmd2 if neither this nor the recipe says.
         data: what the method needs: a path, a list of prompts, or opened data.
         config: a YAML recipe; arguments override it.
+        scorer: the frozen network of perceptual, image-text and pixel-adversarial terms, or its name.
         settings: any option of `fastdiff distill --help`.
 
     Returns:
@@ -60,6 +63,8 @@ def distill(
         named["pretrained_teacher_model"], teacher = str(teacher), None
     if isinstance(data, str | Path):
         named["data"], data = str(data), None
+    if isinstance(scorer, str):
+        named["scorer"], scorer = scorer, None
     given |= {name: value for name, value in named.items() if value is not None}
     recipe = resolve(given, config)
     if recipe.stages:
@@ -67,12 +72,12 @@ def distill(
 
         if teacher is not None:
             raise RecipeError("a recipe with stages needs the teacher's name, since every stage loads it anew")
-        return run_stages(recipe, data)
-    return run_recipe(recipe, teacher, data)
+        return run_stages(recipe, data, scorer)
+    return run_recipe(recipe, teacher, data, scorer)
 
 
-def run_recipe(recipe: Recipe, teacher: Any = None, data: Any = None) -> Student:
-    """One ordinary run; see `distill`. `teacher` and `data` replace those that the recipe names."""
+def run_recipe(recipe: Recipe, teacher: Any = None, data: Any = None, scorer: Scorer | None = None) -> Student:
+    """One ordinary run; see `distill`. `teacher`, `data` and `scorer` replace those that the recipe names."""
     from accelerate import Accelerator
 
     settings = recipe.build(Settings)
@@ -100,6 +105,7 @@ def run_recipe(recipe: Recipe, teacher: Any = None, data: Any = None) -> Student
             on_preview=Previews(prompts),
             on_start=lambda trainer, _: prove_export(trainer, recipe),
             validate=validation(opened, settings.validation_samples),
+            scorer=scorer,
         )
         start_from(trainer, options.init_from)
     if trainer.is_main:

@@ -11,6 +11,7 @@ from typing import Any
 
 from fastdiff.engine.files import writable_folder
 from fastdiff.export.student import RECORD_FILE
+from fastdiff.models.scorers import Scorer
 from fastdiff.recipes.recipe import RECIPE_FILE, Recipe, stage_recipe
 from fastdiff.recipes.run import run_recipe
 from fastdiff.recipes.starting import last_checkpoint
@@ -19,7 +20,7 @@ from fastdiff.recipes.student import Student
 logger = logging.getLogger(__name__)
 
 
-def run_stages(recipe: Recipe, data: Any = None) -> Student:
+def run_stages(recipe: Recipe, data: Any = None, scorer: Scorer | None = None) -> Student:
     """Runs the stages of a recipe in `output_dir/stage-1-name/` and so on; returns the last one's student.
 
     A stage's `init_from` and `teacher_from` name an earlier stage, or a folder. With `resume_from_checkpoint latest`
@@ -38,7 +39,7 @@ def run_stages(recipe: Recipe, data: Any = None) -> Student:
             logger.info("%s is finished", folder.name)
             continue
         go_on = resuming and last_checkpoint(folder) is not None
-        run_recipe(own.changed(resume_from_checkpoint="latest" if go_on else None), data=data)
+        run_recipe(own.changed(resume_from_checkpoint="latest" if go_on else None), data=data, scorer=scorer)
     return Student(plan[-1][0] / "student")
 
 

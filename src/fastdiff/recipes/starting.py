@@ -23,8 +23,8 @@ def start_from(trainer: Trainer, source: str | None) -> None:
     Args:
         trainer: a run that has not begun.
         source: a checkpoint `checkpoints/step-N` (all roles and modules it shares with this run are taken, or those
-            that the method's `inherits` names), a run folder (its last checkpoint), a student folder (the student
-            alone is there), or None.
+            that the method's `inherits` names; of the student its average where the run kept one), a run folder (its
+            last checkpoint), a student folder (the student alone is there), or None.
 
     Raises:
         FileNotFoundError: if it is none of these, or lacks a role that the method must have from it.
@@ -111,13 +111,20 @@ def _take(trainer: Trainer, found: Mapping[str, Callable[[], Mapping[str, Tensor
                 f"init_from {folder} holds no {' or '.join(sources)}, which the role {name} of "
                 f"{trainer.method.info.name} comes from; it holds {', '.join(found)}"
             )
-        elif name in trainer.method.frozen() and "ema" in found and source == "student":
-            averaged = found["ema"]()  # what the earlier run exported
-            names = [parameter for parameter, _ in roles.named_parameters(name)]
-            weights = {own: averaged[str(index)] for index, own in enumerate(names)}
-            trainer.networks.load_state_dict(name, weights)
         elif name in roles:
-            _give(trainer, name, found[source](), source)
+            weights = found[source]()
+            if source == "student" and "ema" in found:
+                weights = _averaged(trainer, weights, found["ema"]())
+            _give(trainer, name, weights, source)
+
+
+def _averaged(trainer: Trainer, weights: Mapping[str, Tensor], average: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+    """The student that the earlier run exported; averages are saved by number, in the order of its parameters."""
+    roles = trainer.networks.roles
+    names = [name for name, _ in roles.named_parameters("student")]
+    if set(names) != set(weights):  # of another kind or rank: its own weights say what does not fit
+        return weights
+    return {name: average[str(number)] for number, name in enumerate(names)}
 
 
 def _give(trainer: Trainer, role: str, weights: Mapping[str, Tensor], source: str) -> None:
