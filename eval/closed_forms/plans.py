@@ -38,11 +38,12 @@ EFFORTS = {
 
 START = 749  # of one-step students of scores: as undistilled as possible and still told everything by its noise
 FOUR = (999, 749, 499, 249)
+PHASED = {"guidance_scale": 1.0, "student_update_every": 2}
 ONE = {"guidance_scale": 1.0, "timesteps": (START,)}
 SCORES = {  # methods whose student is trained by scores of its own samples
     "dmd2": ONE | {"student_update_every": 2},
     "decoupled_dmd": ONE | {"student_update_every": 2},
-    "f_distill": ONE | {"student_update_every": 2, "update_rule": "every"},
+    "f_distill": ONE | {"student_update_every": 2, "update_rule": "every", "time_bins": 0},
     "dmd": ONE | {"regression_loss": "latent_l2"},
     "diff_instruct": ONE,
     "swiftbrush": ONE,
@@ -211,8 +212,7 @@ def _disback(effort: Effort, world: str) -> list[Stage]:
 
 
 def _phased(effort: Effort, world: str) -> list[Stage]:
-    common = {"guidance_scale": 1.0, "student_update_every": 2}
-    return [score_stage("phased_dmd", common | {"phase": phase}, effort, 0.5) for phase in (1, 2)]
+    return [score_stage("phased_dmd", PHASED | {"phase": phase}, effort, 0.5) for phase in (1, 2)]
 
 
 def _msd(effort: Effort, world: str) -> list[Stage] | str:

@@ -223,6 +223,20 @@ def test_trains_and_resumes_exactly_and_leaves_the_teacher_alone(tiny_sd, tmp_pa
     assert same(weights_of(second), weights_of(straight))
 
 
+@pytest.mark.parametrize("same", [False, True])
+def test_sample_and_image_may_be_judged_at_one_time_and_noise(same):
+    """The discriminator is shown x_t = alpha x + sigma eps of both; equal images then look equal."""
+    denoiser = denoiser_of(ExactNetwork(Gaussian(f64([0.0, 0.0]), torch.eye(2).double()), SD, "epsilon"))
+    ctx, batch = context(denoiser, 4), batch_of(4, 2, torch.ones(4, 2, 1, 1, dtype=torch.float64))
+    ctx.store["x"] = torch.ones(4, 2, 1, 1, dtype=torch.float64)
+    one = method(gan_same_noise=same)
+    shown = {}
+    object.__setattr__(one.adversary, "discriminator_terms", lambda real, fake, *_: shown.update(real=real, fake=fake))
+    one.discriminator_loss(batch, ctx)
+    assert torch.equal(shown["real"].t, shown["fake"].t) == same
+    assert torch.equal(shown["real"].x_t, shown["fake"].x_t) == same
+
+
 @pytest.mark.parametrize(
     ("config", "named"),
     [

@@ -128,6 +128,26 @@ def test_a_run_sees_its_own_conditions_only(tmp_path):
     assert set(trainer.method.export_files()) == {"router"}
 
 
+def test_students_of_one_seed_draw_for_themselves(tmp_path):
+    """The first draws as DMD2 does; the second something else, at the same step and place."""
+
+    def drawn(rule):
+        trainer, seen = trainer_of(rule, tmp_path / rule.info.name, seed=5), []
+
+        def student_loss(batch, ctx):
+            seen.append(ctx.random.normal("z", (3,)))
+            return {"none": 0 * sum(p.sum() for p in trainer.networks.parameters("student"))}
+
+        rule.student_loss = student_loss
+        trainer.train_step(next(trainer.batches.steps(0)))
+        return seen[0]
+
+    plain, first, second = (
+        drawn(r) for r in (DMD2(DMD2Config(guidance_scale=1.0)), method(), method(student_number=1))
+    )
+    assert torch.equal(plain, first) and (first - second).abs().min() > 1e-3
+
+
 def test_data_that_nobody_chose_are_refused(tmp_path):
     rule = method()
     with pytest.raises(ValueError, match="chosen_data"):

@@ -156,6 +156,15 @@ def test_vsd_with_an_untrained_fake_score_is_guidance_alone_and_not_sds(scene, w
         assert vsd.abs().max() == 0
 
 
+def test_the_fake_score_may_have_a_condition_of_its_own(scene):
+    """As of a camera: the teacher is asked with the prompt, the fake score with what `fit` was given."""
+    x, eps, cond, null = scene
+    denoiser = teacher_only(laws(1.0, -0.5))  # the fake score is the teacher, without prompt
+    vsd = VSD(denoiser, 1.0, fake_cond=null.expand(ROWS)).gradient(x, T, eps, cond, null)
+    torch.testing.assert_close(vsd, CSD(denoiser).gradient(x, T, eps, cond, null), rtol=1e-10, atol=1e-13)
+    assert vsd.abs().max() > 0.1
+
+
 def test_sds_is_csd_plus_the_unguided_residual(scene):
     x, eps, cond, null = scene
     denoiser, w = teacher_only(), 30.0

@@ -228,7 +228,7 @@ def test_images_are_needed_where_a_ratio_is():
     ("values", "named"),
     [
         ({"divergence": "js", "mode": "official"}, "no official mode"),
-        ({"gan_discriminator_weight": 0.0}, "takes the density ratio from the discriminator"),
+        ({"gan_discriminator_weight": 0.0, "gan_weight": 0.0}, "takes the density ratio from the discriminator"),
     ],
 )
 def test_settings_that_make_no_sense_are_refused(values, named):

@@ -15,7 +15,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-__all__ = ["InjectedRandomness", "Randomness", "philox4x32"]
+__all__ = ["InjectedRandomness", "Randomness", "philox4x32", "stream_seed"]
 
 _MASK = 0xFFFFFFFF
 _MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
@@ -40,6 +40,11 @@ def philox4x32(counter: Sequence[Word], key: tuple[int, int]) -> tuple[Word, Wor
         )
         k0, k1 = (k0 + _KEY_STEPS[0]) & _MASK, (k1 + _KEY_STEPS[1]) & _MASK
     return c0, c1, c2, c3
+
+
+def stream_seed(seed: int, stream: int) -> int:
+    """The seed of one of several streams of a run's seed; stream 0 has the seed itself."""
+    return seed + stream * 0x9E3779B9
 
 
 class Randomness:

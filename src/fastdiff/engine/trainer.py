@@ -13,7 +13,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from fastdiff.data.source import TrainingData
-from fastdiff.diffusion.randomness import Randomness
+from fastdiff.diffusion.randomness import Randomness, stream_seed
 from fastdiff.engine.batches import Batches
 from fastdiff.engine.checkpoints import Checkpoints
 from fastdiff.engine.distributed import global_mean, warn_if_alone
@@ -182,7 +182,7 @@ class Trainer:
         ctx = Context(
             denoiser=self.networks.denoiser,
             step=self.step,
-            random=Randomness(self.settings.seed, self.step, batch.indices),
+            random=Randomness(stream_seed(self.settings.seed, self.method.random_stream()), self.step, batch.indices),
             modules=self.networks.modules,
             store=store,
             log=lambda name, value: self.metrics.add(f"{update.name}/{name}", value, self.step + 1),

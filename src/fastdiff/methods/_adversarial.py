@@ -190,6 +190,19 @@ class Adversary(Players):
         return Noisy(samples, times)
 
 
+def check_discriminator(gan_weight: float, gan_discriminator_weight: float) -> None:
+    """Refuses an adversarial term of a discriminator that never learns.
+
+    Raises:
+        ValueError: with the remedy.
+    """
+    if gan_weight > 0 and gan_discriminator_weight == 0:
+        raise ValueError(
+            f"gan_weight {gan_weight} asks a discriminator that gan_discriminator_weight 0 never trains: "
+            "gan_discriminator_weight must be above 0, or gan_weight 0"
+        )
+
+
 def weighted(terms: Mapping[str, Tensor], weight: float) -> dict[str, Tensor]:
     """All terms times `weight`."""
     return {name: weight * term for name, term in terms.items()}

@@ -8,7 +8,7 @@ from typing import Literal
 from torch import Tensor, nn
 
 from fastdiff.diffusion.prediction import Prediction
-from fastdiff.methods._adversarial import Adversary, FeatureBlocks, Noisy, weighted
+from fastdiff.methods._adversarial import Adversary, FeatureBlocks, Noisy, check_discriminator, weighted
 from fastdiff.methods._score_gap import ScoreGap, ScoreGapConfig
 from fastdiff.methods.base import Batch, Context, Group, Need, check_not_negative
 from fastdiff.models.denoiser import Denoiser
@@ -38,6 +38,7 @@ class AdversarialScoreGapConfig(ScoreGapConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         check_not_negative(gan_weight=self.gan_weight, gan_discriminator_weight=self.gan_discriminator_weight)
+        check_discriminator(self.gan_weight, self.gan_discriminator_weight)
         check_not_negative(gan_r1_weight=self.gan_r1_weight)
 
 

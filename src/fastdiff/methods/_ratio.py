@@ -24,7 +24,6 @@ class RatioConfig:
         power: exponent of h(r) = r^power where `divergence` is `power`.
         ratio_min, ratio_max: bounds of the density ratio.
         time_bins: parts of the time range in which the ratio is brought to mean 1 before h is taken; 0 for none.
-            The released code of f-distill has 10.
         time_bins_decay: share of the old mean of such a part in its new one.
     """
 
@@ -73,12 +72,12 @@ class RatioConfig:
 
 
 class RatioWeight:
-    """h(r) of a divergence with r = exp(logit), brought to mean 1 over all samples of all processes.
+    """h(r) of a divergence with r = exp(logit), brought to mean 1 over a micro-batch of all processes.
 
     Args:
         divergence: which h.
         low, high: bounds of r; the ratio of two laws far apart has no finite variance.
-        bins: if not 0, r is first divided by its mean over all samples in the same of so many equal parts of the time
+        bins: if not 0, r is first divided by its mean over these samples in the same of so many equal parts of the time
             range, since how far the two laws are apart depends on the noise.
         decay: share of a part's old mean in its new one.
     """

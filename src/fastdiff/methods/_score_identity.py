@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from fastdiff.diffusion.losses import discriminator_softplus, generator_softplus, mse
 from fastdiff.diffusion.prediction import Prediction, prediction_target
 from fastdiff.diffusion.tensors import compute_dtype
-from fastdiff.methods._adversarial import Adversary
+from fastdiff.methods._adversarial import Adversary, check_discriminator
 from fastdiff.methods._prompts import without_prompts
 from fastdiff.methods._score_gap import ScoreGap, ScoreGapConfig
 from fastdiff.methods._student import student_sample
@@ -28,6 +28,9 @@ _ADVERSARY = Adversary("fake_score", blocks="middle")
 @dataclass(frozen=True)
 class ScoreIdentityConfig(ScoreGapConfig):
     """Times are those of SiD on text-to-image (arXiv 2406.01561), the rest those of SiD and SiDA (arXiv 2410.14919).
+
+    Optimizer settings are a run's, and the recipes have the papers': Adam's betas (0, 0.999) and, since these losses are
+    sums, no clipping of gradients' norm that would bite (`max_grad_norm` 1e5 and more).
 
     Args:
         guidance_scale: w of the teacher's score and, with `guided` both, of the fake score; 1 means none.
@@ -58,6 +61,7 @@ class ScoreIdentityConfig(ScoreGapConfig):
         super().__post_init__()
         check_positive(loss_scale=self.loss_scale)
         check_not_negative(gan_weight=self.gan_weight, gan_discriminator_weight=self.gan_discriminator_weight)
+        check_discriminator(self.gan_weight, self.gan_discriminator_weight)
         if not 0 <= self.prompt_dropout < 1:
             raise ValueError(f"prompt_dropout must be in [0, 1), got {self.prompt_dropout}")
 

@@ -1,4 +1,4 @@
-"""One of several students, each for a part of the conditions and maybe smaller than its teacher; for any method."""
+"""One of several students, each for a part of the conditions and maybe smaller than its teacher."""
 
 from __future__ import annotations
 
@@ -87,7 +87,7 @@ class RoutedStudentConfig(SmallStudentConfig):
 
 
 class SmallStudent(Method):
-    """A method whose student may be a smaller network; put it before the method's own base."""
+    """A method whose student may be a smaller network than its teacher."""
 
     config: SmallStudentConfig
 
@@ -122,6 +122,9 @@ class RoutedStudent(SmallStudent):
     def __init__(self, config: RoutedStudentConfig) -> None:
         super().__init__(config)
         self._router: Router | None = None
+
+    def random_stream(self) -> int:
+        return self.config.student_number
 
     def choose(self, prompts: Sequence[str], encode: Callable[[Sequence[str]], Conditioning]) -> list[int] | None:
         if self.config.students == 1:

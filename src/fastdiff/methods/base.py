@@ -174,6 +174,10 @@ class Method(ABC):
         """What the data must hold with this config; what `info` says unless a term asks for more."""
         return self.info.needs[0]
 
+    def random_stream(self) -> int:
+        """Which stream of a seed's draws a run has, e.g. by the number of one of several students; 0 is the seed's own."""
+        return 0
+
     def needs_scorer(self) -> bool:
         """Whether a term with this config asks `ctx.scorer`."""
         return False

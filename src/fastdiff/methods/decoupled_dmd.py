@@ -27,7 +27,8 @@ class DecoupledDMDConfig(AdversarialScoreGapConfig):
         augmentation_times: noise levels of the augmentation term: those cleaner than the input of the student's drawn
             step (the paper's choice), or the whole range.
         matching_times: the same choice for the matching term; the paper takes the whole range.
-        matching_weight: weight of the matching term; at 0, without a GAN, there is no fake score at all.
+        matching_weight: weight of the matching term; at 0, without a GAN, there is no fake score at all and every step is the
+            student's.
         moments_weight: weight of the regulariser that pulls each sample's mean and variance to the two below.
         moments_mean, moments_variance: of a clean sample; the defaults are the paper's for SDXL's latents.
     """
@@ -46,16 +47,31 @@ class DecoupledDMDConfig(AdversarialScoreGapConfig):
         super().__post_init__()
         check_not_negative(matching_weight=self.matching_weight, moments_weight=self.moments_weight)
         check_positive(moments_variance=self.moments_variance)
-        if self.guidance_scale == 1 and not (self.matching_weight or self.gan_weight):
+        if self.guidance_scale == 1 and not self.has_critic:
             raise ValueError(
                 "guidance_scale 1 leaves out the augmentation term and matching_weight 0 the matching term: nothing "
                 "tells the student what to sample. Set one of them, or gan_weight."
+            )
+        if not self.has_critic and self.student_update_every > 1:
+            raise ValueError(
+                "matching_weight 0 without a GAN leaves no fake score to train between the student's updates: set "
+                f"student_update_every to 1, not {self.student_update_every}"
+            )
+        if self.matching_weight == 0 and self.gan_weight and self.gan_features == "teacher":
+            raise ValueError(
+                "matching_weight 0 with gan_features teacher trains a fake score that nobody asks: take gan_features "
+                "fake_score, or a matching_weight above 0"
             )
         if "below_input" in (self.augmentation_times, self.matching_times) and self.timesteps[-1] <= self.min_timestep:
             raise ValueError(
                 f"there is no noise level between min_timestep ({self.min_timestep}) and the input of the student's "
                 f"last step ({self.timesteps[-1]}): lower min_timestep, or take the times of both terms from 'all'"
             )
+
+    @property
+    def has_critic(self) -> bool:
+        """Whether a term asks the fake score."""
+        return bool(self.matching_weight or self.gan_weight)
 
 
 class DecoupledDMD(AdversarialScoreGap):
@@ -89,7 +105,7 @@ class DecoupledDMD(AdversarialScoreGap):
 
     def groups(self) -> dict[str, Group]:
         groups = super().groups()
-        if not (self.config.matching_weight or self.config.gan_weight):
+        if not self.config.has_critic:
             del groups["fake_score"]
         return groups
 

@@ -52,6 +52,9 @@ class DMD(ScoreGap):
         g = (D_fake(x_t) - D_real^w(x_t)) / mean|x - D_real^w(x_t)|,
         L_student = 1/2 mean (x - sg[x - g])^2 + regression_weight * mean over pairs of d(decode G(z), decode y).
 
+    With several `students` each regresses on the pairs of its own conditions; in the multi-student paper (arXiv
+    2410.23274) pairs are not split.
+
     The fake score steps as often as the student. The paper prints a further factor alpha_t in g, which its code and
     all successors leave out.
     """

@@ -31,9 +31,12 @@ class FDistillConfig(RatioConfig, AdversarialScoreGapConfig):
         gan_discriminator_weight: weight of the discriminator's loss.
         gan_features: what the heads read; the released code takes the frozen teacher.
         gan_r1_weight: weight of the approximate R1 penalty of the discriminator.
+        time_bins: parts of the time range in which the ratio is brought to mean 1 before h is taken (the released
+            code's); 0 for none.
     """
 
     divergence: DivergenceName = "js"
+    time_bins: int = 10
     guidance_scale: float = 1.75
     update_rule: Literal["every", "exclusive"] = "exclusive"
     student_update_every: int = 10
@@ -58,7 +61,8 @@ class FDistill(AdversarialScoreGap):
         g = h(r) / mean(h) * (D_fake - D_real^w) / mean|x - D_real^w|,
         L_student = 1/2 mean (x - sg[x - g])^2 + gan_weight * softplus(-l(x_t)),
 
-    where mean(h) is over all samples of all processes; heads at several blocks are averaged. Fake score and
+    where mean(h) is over the samples of a micro-batch on all processes, as is the mean by which r is divided in each of
+    `time_bins` parts of the time range; heads at several blocks are averaged. Fake score and
     discriminator are trained as in DMD2, on independent times and noises. Two differences from the released code: its
     1e-6 in denominators is left out, so that rkl and constant logits are DMD2 exactly, and the logit needs no bound of
     its own beside that of the ratio.

@@ -33,6 +33,7 @@ class LADDConfig(RoutedStudentConfig):
             the paper's logit-normal law of t, or uniform times.
         noise_mean, noise_std: of that normal law; more noise judges the composition, less the texture.
         gan_r1_weight: weight of the approximate R1 penalty of the discriminator.
+        gan_same_noise: judge sample and image of a row at one time and noise (an option of FastGen), not at two.
         update_rule: `exclusive` updates either the student or the heads in a step (FastGen); `every` updates the heads
             in each step.
         student_update_every: steps per student update.
@@ -48,6 +49,7 @@ class LADDConfig(RoutedStudentConfig):
     noise_mean: float = 1.0
     noise_std: float = 1.0
     gan_r1_weight: float = 0.0
+    gan_same_noise: bool = False
     update_rule: Literal["every", "exclusive"] = "exclusive"
     student_update_every: int = 5
     discriminator_learning_rate: float | None = None
@@ -90,7 +92,7 @@ class LADD(RoutedStudent):
 
     The teacher's weights get no gradient; the student's passes through them into x. The data should be the teacher's
     own guided samples (`fastdiff pairs`), whose guidance the student then takes over. The heads see noise level and
-    text through the teacher's features only. With softplus losses and optimal heads on the noised samples themselves,
+    text through the teacher's features only; the paper's are told both. With softplus losses and optimal heads on the noised samples themselves,
     the student descends the softened reverse KL divergence of f-distill (h = 1 / (1 + r)).
     """
 
@@ -145,7 +147,8 @@ class LADD(RoutedStudent):
             with torch.no_grad():
                 x = self.sample(batch, ctx)
         fake = self.adversary.noised(x, ctx, "critic/gan_fake")
-        real = self.adversary.noised(batch.images(), ctx, "critic/gan_real")
+        site = "critic/gan_fake" if self.config.gan_same_noise else "critic/gan_real"
+        real = self.adversary.noised(batch.images(), ctx, site)
         return self.adversary.discriminator_terms(real, fake, batch.cond, ctx)
 
     def sample(self, batch: Batch, ctx: Context) -> Tensor:

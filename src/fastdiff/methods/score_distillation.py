@@ -105,13 +105,17 @@ class VSD(ScoreLoss):
     Args:
         guidance_scale: w of the teacher; the fake score is never guided.
         fake: the role that follows what is trained; it must start as the teacher, e.g. as an adapter.
+        fake_cond: conditioning of the fake score where it has its own, e.g. the scene's with its camera; `fit` is then
+            given the same.
     """
 
     guidance_scale: float = 7.5
     fake: str = "fake_score"
+    fake_cond: Conditioning | None = None
 
     def gradient(self, x, t, eps, cond, null):
-        asks = [Ask(TEACHER, cond, null, self.guidance_scale), Ask(self.fake, cond)]
+        own = cond if self.fake_cond is None else self.fake_cond
+        asks = [Ask(TEACHER, cond, null, self.guidance_scale), Ask(self.fake, own)]
         real, fake = self.denoiser.together(self.noised(x, t, eps), t, asks)
         return real.levels[1] ** 2 * (real.eps - fake.eps)
 

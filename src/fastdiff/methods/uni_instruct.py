@@ -13,7 +13,7 @@ from fastdiff.methods._score_identity import LOGIT_BOUND, Scored, ScoreIdentity,
 from fastdiff.methods.base import MethodInfo
 
 OFFICIAL = ("rkl", "fkl", "jeffreys")
-"""What the released code can run; its other branches call backward on a loss that is not a number."""
+"""Weights that the released code has: two it runs, and that of rkl, which is 1, in a branch that stops at a missing name."""
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,7 @@ class UniInstructConfig(ScoreIdentityConfig):
         super().__post_init__()
         if self.mode == "official" and self.divergence not in OFFICIAL:
             raise ValueError(
-                f"divergence {self.divergence!r} has no official mode: the released code runs with {OFFICIAL} only. "
+                f"divergence {self.divergence!r} has no official mode: the released code has weights for {OFFICIAL} only. "
                 "Take mode exact."
             )
         if self.gan_discriminator_weight == 0 and self.divergence != "rkl":
@@ -65,8 +65,8 @@ class UniInstruct(ScoreIdentity):
     (jeffreys). Its fixed point is the same, its direction is not: between Gaussians that of fkl can have the wrong
     sign in the scale. r = exp(logit), bounded, of a discriminator of student and data that reads the fake score's middle
     activation, where the released code makes r of the discriminator's loss; fake score and discriminator are trained
-    as in SiDA. The released code spends its first 200,000 images on c = 1 alone: a stage of method `sim` with `distance:
-    l2` before this one.
+    as in SiDA. The released code spends its first 200,000 images on c = 1 alone: a stage of method `sid` with `alpha: 1`
+    before this one. Its student rests for the first 100,000 images where there is a GAN, as SiDA's does.
     """
 
     info = MethodInfo(

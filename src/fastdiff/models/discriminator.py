@@ -14,8 +14,8 @@ _LEAST_WIDTH = 64  # features of few channels, as a closed-form teacher's are, s
 class FeatureHead(nn.Module):
     """A logit from one activation `(B, C, H, W)` -> `(B,)`: strided convolutions, then the mean over what is left.
 
-    Small maps are not strided below one cell, so the same head serves 2x2 and 16x16 middle blocks (the role of the
-    classifier in DMD2, Yin et al. 2024, arXiv 2405.14867).
+    Small maps are not strided below one cell, so the same head serves 2x2 and 16x16 middle blocks. It has the role of
+    DMD2's classifier (Yin et al. 2024, arXiv 2405.14867), whose released layers are wider and strided otherwise.
     """
 
     def __init__(self, channels: int, width: int = 256, groups: int = 32) -> None:

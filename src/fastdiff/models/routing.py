@@ -15,8 +15,8 @@ _AXIS_ROUNDS = 50
 def features_of(cond: Conditioning) -> Tensor:
     """What conditions are routed by, `(B, D)` float64 on the host.
 
-    The pooled prompt embedding where the family has one, as in the paper; else prompt embeddings, averaged over tokens
-    (Stable Diffusion 1 and 2 pool nothing); the class label `(B, 1)` where that is the condition.
+    The pooled prompt embedding where the family is given one, as in the paper; else prompt embeddings, averaged over
+    tokens (pipelines of Stable Diffusion 1 and 2 drop their encoder's pooled output); the class label `(B, 1)` where that is the condition.
     """
     named = cond.tensors.get("pooled_prompt_embeds", next(iter(cond.tensors.values())))
     first = named.detach().to("cpu", torch.float64)
