@@ -113,6 +113,8 @@ def page(entries: dict[str, Any]) -> str:
         "of the distance between previews late in a run, area its mean over a run, spread its range over teachers, FD that",
         "of the leaderboard. All numbers: `eval/results/claims.json`.",
         "",
+        "![modes kept by f-distill's divergences](images/modes.png)",
+        "",
         "| paper | claim | figure | arms: mean (seeds 0, 1, 2) | outcome |",
         "|---|---|---|---|---|",
     ]
