@@ -28,7 +28,7 @@ def students(recipe: Any, folder: Path) -> list[Path]:
 def train(recipe: Path, seed: int, folder: Path, student: Path, extra: list[str]) -> list[str]:
     """Runs `fastdiff distill` in a process of its own, so that its peak memory is its own; returns the command."""
     command = [sys.executable, "-m", "fastdiff", "distill", "--config", str(recipe), "--seed", str(seed)]
-    command += ["--output_dir", str(folder), "--resume_from_checkpoint", "latest", *extra]
+    command += ["--output_dir", os.path.relpath(folder, ROOT), "--resume_from_checkpoint", "latest", *extra]
     if not (student / "fastdiff.json").is_file():
         subprocess.run(command, check=True, cwd=ROOT)
     return ["fastdiff", *command[3:]]

@@ -6,11 +6,13 @@ The number of steps and the guidance scale come from the student's `fastdiff.jso
 """
 
 import json
+from contextlib import suppress
 from functools import cached_property
 from pathlib import Path
 
 from diffusers import StableDiffusionPipeline
 from huggingface_hub import hf_hub_download
+from huggingface_hub.errors import EntryNotFoundError
 
 RECORD_FILE = "fastdiff.json"
 
@@ -32,7 +34,8 @@ class FastdiffFewStepPipeline(StableDiffusionPipeline):
             )
         path = Path(source) / RECORD_FILE
         if not Path(source).exists():
-            path = Path(hf_hub_download(source, RECORD_FILE))
+            with suppress(EntryNotFoundError):
+                path = Path(hf_hub_download(source, RECORD_FILE))
         if not path.is_file():
             raise ValueError(f"{source} holds no {RECORD_FILE}; pass num_inference_steps and guidance_scale.")
         return json.loads(path.read_text(encoding="utf-8"))["sampler"]
