@@ -62,7 +62,7 @@ def scalar_gradient(cls, config, factor: float) -> tuple[float, float]:
     student, denoiser, batch, draws, node_weights = scalar_setup()
 
     class Weighted(cls):
-        def weight(self, x, real, batch, ctx):
+        def weight(self, x, real):
             return factor * len(node_weights) * node_weights
 
     terms = Weighted(config).student_loss(batch, context(denoiser, len(batch), draws))

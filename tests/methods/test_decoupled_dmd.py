@@ -38,7 +38,7 @@ def method(**config) -> DecoupledDMD:
 class Unnormalised(DecoupledDMD):
     """Both terms weighted as the exact divergence at each time."""
 
-    def weight(self, x, real, batch, ctx):
+    def weight(self, x, real):
         alpha, sigma = real.levels
         return (alpha / sigma) ** 2
 

@@ -10,13 +10,14 @@ import torch
 from torch import Tensor
 
 from fastdiff.diffusion.divergences import Divergence, DivergenceName, divergence_named
-from fastdiff.methods.base import check_positive
+from fastdiff.methods._adversarial_score_gap import AdversarialScoreGap, AdversarialScoreGapConfig
+from fastdiff.methods.base import Context, check_positive
 
 Mean = Callable[[Tensor], Tensor]
 
 
 @dataclass(frozen=True)
-class RatioConfig:
+class RatioConfig(AdversarialScoreGapConfig):
     """Which divergence, and how its ratio is tamed.
 
     Args:
@@ -34,12 +35,8 @@ class RatioConfig:
     time_bins: int = 0
     time_bins_decay: float = 0.0
 
-    def check_ratio(self) -> None:
-        """Refuses bounds and bins out of range.
-
-        Raises:
-            ValueError: naming the setting.
-        """
+    def __post_init__(self) -> None:
+        super().__post_init__()
         check_positive(ratio_min=self.ratio_min, ratio_max=self.ratio_max)
         if not self.ratio_min < self.ratio_max:
             raise ValueError(f"ratio_min ({self.ratio_min}) must be below ratio_max ({self.ratio_max})")
@@ -48,22 +45,27 @@ class RatioConfig:
                 f"time_bins ({self.time_bins}) must not be negative, time_bins_decay ({self.time_bins_decay}) in [0, 1)"
             )
 
-    def check_logits(self, gan_weight: float, gan_discriminator_weight: float, gan_loss: str, remedy: str) -> None:
+    def check_logits(self, remedy: str) -> None:
         """Refuses a GAN whose logits are no log-ratio.
 
         Raises:
             ValueError: with the `remedy` for those who want no GAN.
         """
-        if gan_weight == 0 or gan_discriminator_weight == 0:
+        if self.gan_weight == 0 or self.gan_discriminator_weight == 0:
             raise ValueError(
                 f"divergence {self.divergence} takes the density ratio from the discriminator: gan_weight and "
                 f"gan_discriminator_weight must be above 0. Without a GAN only the reverse KL is possible: {remedy}."
             )
-        if gan_loss != "softplus":
+        if self.gan_loss != "softplus":
             raise ValueError(
-                f"gan_loss {gan_loss!r} gives logits that are no log-ratio of densities, which divergence "
+                f"gan_loss {self.gan_loss!r} gives logits that are no log-ratio of densities, which divergence "
                 f"{self.divergence} needs: use softplus"
             )
+
+    @property
+    def compared(self) -> tuple[int, int]:
+        """First and last index at which scores are compared."""
+        return self.min_timestep, self.max_timestep
 
     def ratio_weight(self) -> RatioWeight:
         """The weights."""
@@ -130,3 +132,27 @@ class RatioWeight:
         updated = torch.where(old > 0, self.decay * old + (1 - self.decay) * now, now)
         self.means = torch.where(count > 0, updated, old)
         return self.means[number]
+
+
+class RatioWeighted(AdversarialScoreGap):
+    """A score gap that may be weighted by the density ratio that its discriminator has learned."""
+
+    config: RatioConfig
+
+    def __init__(self, config: RatioConfig) -> None:
+        super().__init__(config)
+        self.ratio = config.ratio_weight()
+
+    def density_weight(self, logits: Tensor, t: Tensor, ctx: Context) -> Tensor:
+        """h(r) `(B,)` of logits `(B, K)` at times `t`, without graph."""
+        low, high = (ctx.denoiser.schedule.time_of_index(end) for end in self.config.compared)
+        weight = self.ratio(logits.mean(1), (t - low) / (high - low), ctx.global_mean)
+        ctx.log("ratio_weight_max", weight.max())
+        return weight
+
+    def state_dict(self) -> dict[str, Tensor]:
+        return super().state_dict() | self.ratio.state_dict()
+
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        super().load_state_dict(state)
+        self.ratio.load_state_dict(state)

@@ -118,7 +118,7 @@ class ScoreGap(RoutedStudent):
         t, x_t = self.noised(x, ctx, "student")
         real, fake = ctx.denoiser.together(x_t, t, self.asks(batch, ctx))
         ctx.log("score_gap", (fake.x0 - real.x0).abs().mean())
-        return self.weight(x, real, batch, ctx) * (fake.x0 - real.x0)
+        return self.weight(x, real) * (fake.x0 - real.x0)
 
     def asks(self, batch: Batch, ctx: Context) -> list[Ask]:
         """The teacher's and the fake score's question; only the teacher is guided unless a method says otherwise."""
@@ -127,7 +127,7 @@ class ScoreGap(RoutedStudent):
             Ask("fake_score", batch.cond),
         ]
 
-    def weight(self, x: Tensor, real: Prediction, batch: Batch, ctx: Context) -> Tensor:
+    def weight(self, x: Tensor, real: Prediction) -> Tensor:
         """What multiplies the gap of clean predictions, one number a sample: `1 / mean|x - D_real|` (DMD's code)."""
         return 1 / dmd_normaliser(x, real.x0)
 

@@ -143,7 +143,7 @@ class ScoreIdentity(ScoreGap):
         real = ctx.denoiser(x_t, t, asked.cond, asked.role, asked.null, asked.guidance)
         fake = ctx.denoiser(x_t, t, asking.cond, asking.role, asking.null, asking.guidance, taps)
         logits = self._logits(taps, len(batch), ctx) if taps else None
-        scored = Scored(x, real, fake, self.weight(x, real, batch, ctx).detach().flatten(), logits)
+        scored = Scored(x, real, fake, self.weight(x, real).detach().flatten(), logits)
         ctx.log("score_gap", scored.gap.detach().abs().mean())
         return scored
 

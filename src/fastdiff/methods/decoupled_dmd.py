@@ -136,7 +136,7 @@ class DecoupledDMD(AdversarialScoreGap):
         cond, null = ctx.denoiser.together(x_t, t, asks)
         gap = cond.x0 - null.x0
         ctx.log("guidance_gap", gap.abs().mean())
-        return (1 - self.config.guidance_scale) * self.weight(x, cond, batch, ctx) * gap
+        return (1 - self.config.guidance_scale) * self.weight(x, cond) * gap
 
     def noised(self, x: Tensor, ctx: Context, site: str) -> tuple[Tensor, Tensor]:
         """For the matching term."""

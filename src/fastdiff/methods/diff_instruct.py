@@ -62,7 +62,7 @@ class DiffInstruct(ScoreGap):
     Config = DiffInstructConfig
     config: DiffInstructConfig
 
-    def weight(self, x: Tensor, real: Prediction, batch: Batch, ctx: Context) -> Tensor:
+    def weight(self, x: Tensor, real: Prediction) -> Tensor:
         """1."""
         return torch.ones_like(real.x0)
 

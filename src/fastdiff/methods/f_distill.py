@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
@@ -12,13 +11,12 @@ from fastdiff.diffusion.divergences import DivergenceName
 from fastdiff.diffusion.losses import surrogate
 from fastdiff.diffusion.tensors import broadcast_to
 from fastdiff.methods._adversarial import Noisy
-from fastdiff.methods._adversarial_score_gap import AdversarialScoreGap, AdversarialScoreGapConfig
-from fastdiff.methods._ratio import RatioConfig
+from fastdiff.methods._ratio import RatioConfig, RatioWeighted
 from fastdiff.methods.base import Batch, Context, MethodInfo
 
 
 @dataclass(frozen=True)
-class FDistillConfig(RatioConfig, AdversarialScoreGapConfig):
+class FDistillConfig(RatioConfig):
     """Defaults are those of the paper's SD1.5 run, with the heads of the released code.
 
     Args:
@@ -47,12 +45,11 @@ class FDistillConfig(RatioConfig, AdversarialScoreGapConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.check_ratio()
         remedy = "that is method dmd2"
-        self.check_logits(self.gan_weight, self.gan_discriminator_weight, self.gan_loss, remedy)
+        self.check_logits(remedy)
 
 
-class FDistill(AdversarialScoreGap):
+class FDistill(RatioWeighted):
     r"""DMD2 with each sample weighted by h(r) = r^2 f''(r) of the density ratio r.
 
     With logit l at the same (x_t, t) as the scores, r = p_teacher,t(x_t) / p_student,t(x_t) = exp(l) from the
@@ -81,20 +78,14 @@ class FDistill(AdversarialScoreGap):
     Config = FDistillConfig
     config: FDistillConfig
 
-    def __init__(self, config: FDistillConfig) -> None:
-        super().__init__(config)
-        self.ratio = config.ratio_weight()
-
     def score_terms(self, x: Tensor, batch: Batch, ctx: Context) -> dict[str, Tensor]:
         """The weighted gap, and the adversarial term at the same noisy samples, which keep the graph for it."""
         t, x_t = self.noised(x, ctx, "student")
         logits = self.adversary.logits(Noisy(x_t, t), batch.cond, ctx)
         real, fake = ctx.denoiser.together(x_t.detach(), t, self.asks(batch, ctx))
         gap = fake.x0 - real.x0
-        weight = self.ratio(logits.mean(1), self._place(t, ctx), ctx.global_mean)
         ctx.log("score_gap", gap.abs().mean())
-        ctx.log("ratio_weight_max", weight.max())
-        gradient = broadcast_to(weight, gap) * self.weight(x.detach(), real, batch, ctx) * gap
+        gradient = broadcast_to(self.density_weight(logits, t, ctx), gap) * self.weight(x.detach(), real) * gap
         return {
             "distribution_matching": surrogate(x, gradient),
             "gan": self.config.gan_weight * self.adversary.generator_loss(logits),
@@ -103,15 +94,3 @@ class FDistill(AdversarialScoreGap):
     def student_terms(self, x: Tensor, batch: Batch, ctx: Context) -> dict[str, Tensor]:
         """The adversarial term stands beside the scores."""
         return {}
-
-    def state_dict(self) -> dict[str, Tensor]:
-        return super().state_dict() | self.ratio.state_dict()
-
-    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
-        super().load_state_dict(state)
-        self.ratio.load_state_dict(state)
-
-    def _place(self, t: Tensor, ctx: Context) -> Tensor:
-        schedule = ctx.denoiser.schedule
-        low, high = (schedule.time_of_index(end) for end in (self.config.min_timestep, self.config.max_timestep))
-        return (t - low) / (high - low)

@@ -15,8 +15,7 @@ from fastdiff.diffusion.schedules import NoiseSchedule, Terminal
 from fastdiff.diffusion.steps import jump
 from fastdiff.diffusion.tensors import broadcast_to
 from fastdiff.methods._adversarial import Noisy
-from fastdiff.methods._adversarial_score_gap import AdversarialScoreGap, AdversarialScoreGapConfig
-from fastdiff.methods._ratio import RatioConfig
+from fastdiff.methods._ratio import RatioConfig, RatioWeighted
 from fastdiff.methods.base import Batch, Context, MethodInfo, any_time, check_not_negative, check_positive, time_at
 from fastdiff.models.sampler import SamplerSpec
 
@@ -24,7 +23,7 @@ _LARGEST_WEIGHT = 10.0
 
 
 @dataclass(frozen=True)
-class PhasedDMDConfig(RatioConfig, AdversarialScoreGapConfig):
+class PhasedDMDConfig(RatioConfig):
     """Guidance, update rule and two phases of two steps are the paper's (video and image flows); times are ours.
 
     Args:
@@ -60,10 +59,8 @@ class PhasedDMDConfig(RatioConfig, AdversarialScoreGapConfig):
             raise ValueError(f"phase_steps {self.phase_steps} must share out all timesteps {self.timesteps}")
         if self.phase > len(self.phase_steps):
             raise ValueError(f"phase {self.phase} does not exist: there are {len(self.phase_steps)} phase_steps")
-        self.check_ratio()
         if self.divergence != "rkl":
-            weights = self.gan_weight, self.gan_discriminator_weight
-            self.check_logits(*weights, self.gan_loss, "leave divergence out")
+            self.check_logits("leave divergence out")
         self.check_whole("experts are adapters of one base")
         if self.multi_step_input != "simulate":
             raise ValueError(
@@ -93,7 +90,7 @@ class PhasedDMDConfig(RatioConfig, AdversarialScoreGapConfig):
         return max(self.min_timestep, self.end + self.boundary_margin), self.max_timestep
 
 
-class PhasedDMD(AdversarialScoreGap):
+class PhasedDMD(RatioWeighted):
     r"""Splits the noise levels into phases; expert k takes samples from the start of phase k to its end s.
 
     A phase's sample x_s is noisy, so both scores are compared, and the fake one is learned, at x_t = r x_s + q eps with
@@ -109,7 +106,8 @@ class PhasedDMD(AdversarialScoreGap):
     student's last call is detached. The rollout runs deterministically (DDIM, Euler's step of a flow) through the
     frozen experts of earlier phases and then through the student to a random time of the phase, from which it jumps to
     s in one step (stochastic gradient truncation). The fake score is fitted to that same law, the one it is compared
-    under, where the paper's listing fits it to whole rollouts. With a single phase of one step and `critic_weight: none` this is DMD2 without GAN.
+    under, where the paper's listing fits it to whole rollouts. With a single phase of one step and `critic_weight: none`
+    this is DMD2 without GAN.
 
     With `gan_weight` heads tell x_t from noised images, t above s, and L_student gains gan_weight softplus(-l(x_t)); with
     another `divergence` the gap is weighted by h(exp(l)) / mean h.
@@ -132,10 +130,6 @@ class PhasedDMD(AdversarialScoreGap):
     )
     Config = PhasedDMDConfig
     config: PhasedDMDConfig
-
-    def __init__(self, config: PhasedDMDConfig) -> None:
-        super().__init__(config)
-        self.ratio = config.ratio_weight()
 
     def sampler(self) -> SamplerSpec:
         return SamplerSpec("ddim", self.config.timesteps)
@@ -167,7 +161,7 @@ class PhasedDMD(AdversarialScoreGap):
         if self.config.gradient_on == "x_s":
             kept, _ = ctx.denoiser.schedule.kernel(self._end(x_s, ctx.denoiser.schedule), t, x_s)
             return {"distribution_matching": surrogate(x_s, ratio_weight * kept * (fake.score - real.score))} | terms
-        gap = self.weight(last.x0.detach(), real, batch, ctx) * (fake.x0 - real.x0)
+        gap = self.weight(last.x0.detach(), real) * (fake.x0 - real.x0)
         return {"distribution_matching": surrogate(last.x0, ratio_weight * gap)} | terms
 
     def _judgement(self, noisy: Noisy, batch: Batch, ctx: Context) -> tuple[Tensor | float, dict[str, Tensor]]:
@@ -178,11 +172,7 @@ class PhasedDMD(AdversarialScoreGap):
         terms = {"gan": self.config.gan_weight * self.adversary.generator_loss(logits)}
         if self.config.divergence == "rkl":
             return 1.0, terms
-        schedule = ctx.denoiser.schedule
-        low, high = (schedule.time_of_index(index) for index in self.config.compared)
-        weight = self.ratio(logits.mean(1), (noisy.t - low) / (high - low), ctx.global_mean)
-        ctx.log("ratio_weight_max", weight.max())
-        return broadcast_to(weight, noisy.x_t), terms
+        return broadcast_to(self.density_weight(logits, noisy.t, ctx), noisy.x_t), terms
 
     def noised(self, x: Tensor, ctx: Context, site: str) -> tuple[Tensor, Tensor]:
         """A time above the end of the phase for each sample, and the phase's sample `x` noised on to it."""
@@ -231,15 +221,6 @@ class PhasedDMD(AdversarialScoreGap):
         """Samples of the phase noised on from its end, or images noised to as much."""
         t = any_time(ctx, f"{site}/t", self.config.end + 1)
         return self.adversary.noised(x, ctx, site, t, self._end(x, ctx.denoiser.schedule) if fake else None)
-
-    # What it remembers
-
-    def state_dict(self) -> dict[str, Tensor]:
-        return super().state_dict() | self.ratio.state_dict()
-
-    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
-        super().load_state_dict(state)
-        self.ratio.load_state_dict(state)
 
 
 def _expert(phase: int) -> str:

@@ -12,7 +12,7 @@ from fastdiff.diffusion.losses import mse
 from fastdiff.diffusion.prediction import Prediction
 from fastdiff.diffusion.tensors import broadcast_to
 from fastdiff.methods._score_identity import Scored, ScoreIdentity, ScoreIdentityConfig, dot
-from fastdiff.methods.base import Batch, Context, MethodInfo, check_not_negative, check_positive
+from fastdiff.methods.base import MethodInfo, check_not_negative, check_positive
 
 Distance = Literal["l2", "l1", "pseudo_huber"]
 
@@ -101,11 +101,11 @@ class SiD(ScoreIdentity):
                 width = self.config.huber_c**2 * gap[0].numel()
                 return gap / broadcast_to((dot(gap, gap) + width).sqrt(), gap)
 
-    def weight(self, x: Tensor, real: Prediction, batch: Batch, ctx: Context) -> Tensor:
+    def weight(self, x: Tensor, real: Prediction) -> Tensor:
         """`1 / mean|x - D_real|` for the squared distance."""
         if self.config.distance != "l2":
             return torch.ones((), device=x.device)
-        return super().weight(x, real, batch, ctx)
+        return super().weight(x, real)
 
 
 @dataclass(frozen=True)

@@ -92,7 +92,7 @@ class SwiftBrush(ScoreGap):
         low, high = self.config.guidance_range
         return low + (high - low) * ctx.random.uniform("student/guidance")
 
-    def weight(self, x: Tensor, real: Prediction, batch: Batch, ctx: Context) -> Tensor:
+    def weight(self, x: Tensor, real: Prediction) -> Tensor:
         """alpha sigma, which is sigma^2 on noise predictions."""
         alpha, sigma = real.levels
         return alpha * sigma
