@@ -43,7 +43,8 @@ FACTOR = ALPHA**2 / SIGMA**4
 
 def config(divergence="fkl", **values):
     return UniInstructConfig(
-        **{"divergence": divergence, "loss_scale": 1.0, "gan_weight": 0.0, "gan_head": "channel_mean"} | values
+        **{"divergence": divergence, "mode": "exact", "loss_scale": 1.0, "gan_weight": 0.0, "gan_head": "channel_mean"}
+        | values
     )
 
 
@@ -245,8 +246,8 @@ class Points(PromptData):
         return super().__getitem__(index) | {"latents": latents}
 
 
-@pytest.mark.parametrize("divergence", ["js", "fkl"])
-def test_trains_through_the_engine(tmp_path, divergence):
+@pytest.mark.parametrize(("divergence", "mode"), [("js", "exact"), ("fkl", "official")])
+def test_trains_through_the_engine(tmp_path, divergence, mode):
     settings = Settings(
         output_dir=str(tmp_path),
         max_train_steps=2,
@@ -257,7 +258,7 @@ def test_trains_through_the_engine(tmp_path, divergence):
     )
     teacher = AnalyticTeacher.gaussian(f64([0.7, -0.4]), torch.eye(2))
     trainer = Trainer(
-        UniInstruct(UniInstructConfig(divergence=divergence)), teacher, Points(["a sample"] * 8), settings
+        UniInstruct(UniInstructConfig(divergence=divergence, mode=mode)), teacher, Points(["a sample"] * 8), settings
     )
     roles, modules = trainer.networks.roles, trainer.networks.modules
     every = {name: roles.parameters(name) for name in ("student", "fake_score")}

@@ -23,15 +23,15 @@ class UniInstructConfig(ScoreIdentityConfig):
     Args:
         divergence: which f; `rkl` asks no density ratio and, without `gan_weight`, no images.
         power: exponent of h(r) = r^power where `divergence` is `power`.
-        mode: `exact` takes all three terms of the gradient; `official` what the released code computes, one term with
-            a weight, for rkl, fkl and jeffreys.
+        mode: `official` is what the released code computes, one term with a weight, for rkl, fkl and jeffreys; `exact`
+            takes all three terms of the gradient.
         gan_weight: weight of the student's adversarial term; the ratio is learned at 0 too.
         gan_head: a trained head gives a log-ratio; the mean over channels has no scale of its own.
     """
 
     divergence: DivergenceName = "fkl"
     power: float = 0.5
-    mode: Literal["exact", "official"] = "exact"
+    mode: Literal["exact", "official"] = "official"
     gan_weight: float = 0.01
     gan_head: Literal["channel_mean", "trained"] = "trained"
 
@@ -59,7 +59,9 @@ class UniInstruct(ScoreIdentity):
 
     weighted, scaled and reduced as in SiD (H, H', H'' detached; d and u through the inputs of both networks). Without
     the normaliser and times a^2 / s^4 its expected gradient is that of E_q[h(r) |s_p - s_q|^2] at every time. Reverse
-    KL is SiD at alpha = 1/2, twice.
+    KL is SiD at alpha = 1/2, twice. The integral is a divergence under the diffusion's own weights over times; under SiD's,
+    an h that vanishes with r (fkl, js, Hellinger) also rewards samples that the discriminator is sure to tell from
+    images: of those, js left two rings of modes for good in the exact mode. soft_rkl and rkl do not.
 
     `official` is what the released code computes, c u with c = 1 (rkl, SiD at alpha = 1), r (fkl) or 0.4 r + 0.6
     (jeffreys). Its fixed point is the same, its direction is not: between Gaussians that of fkl can have the wrong
