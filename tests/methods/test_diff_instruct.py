@@ -77,7 +77,7 @@ def test_lognormal_law_is_that_of_both_networks_and_weighs_denoising_as_edm():
     fake = AffineGenerator(0.3 * A, B, schedule, "sample")
     base = ExactNetwork(Gaussian(MU, COV), schedule, "sample")
     denoiser = denoiser_of(base, schedule, "sample", student=student, fake_score=fake)
-    published, rows = method(noise_law="lognormal"), 4000
+    published, rows = method(noise_law="log_normal"), 4000
     for site in ("student", "critic"):
         ctx = context(denoiser, rows)
         x = torch.zeros(rows, 2, 1, 1, dtype=torch.float64)

@@ -265,7 +265,7 @@ def test_data_without_prompts_is_refused():
 @pytest.mark.parametrize(
     ("config", "named"),
     [
-        ({"null_probability": 1.5}, "null_probability"),
+        ({"prompt_dropout": 1.5}, "prompt_dropout"),
         ({"guidance_range": (4.0, 0.5)}, "guidance_range"),
         ({"clip_threshold": 2.0}, "clip_threshold"),
         ({"clip_steps": 0}, "clip_steps"),

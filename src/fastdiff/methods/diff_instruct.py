@@ -24,12 +24,12 @@ class DiffInstructConfig(ScoreGapConfig):
 
     Args:
         noise_law: `uniform` over the times between `min_timestep` and `max_timestep`, with the fake score's loss in
-            its own prediction type; `lognormal` is the published setting of EDM teachers, where log(sigma / alpha) is
+            its own prediction type; `log_normal` is the published setting of EDM teachers, where log(sigma / alpha) is
             normal for both networks and the fake score's loss is EDM's.
-        noise_mean, noise_std: of log(sigma / alpha) under the lognormal law.
+        noise_mean, noise_std: of log(sigma / alpha) under the log-normal law.
     """
 
-    noise_law: Literal["uniform", "lognormal"] = "uniform"
+    noise_law: Literal["uniform", "log_normal"] = "uniform"
     noise_mean: float = -1.2
     noise_std: float = 1.2
 
@@ -63,7 +63,7 @@ class DiffInstruct(ScoreGap):
     config: DiffInstructConfig
 
     def weight(self, x: Tensor, real: Prediction) -> Tensor:
-        """1."""
+        """1: the plain gap of the denoisers."""
         return torch.ones_like(real.x0)
 
     def noised(self, x: Tensor, ctx: Context, site: str) -> tuple[Tensor, Tensor]:
@@ -75,7 +75,7 @@ class DiffInstruct(ScoreGap):
         return t, ctx.denoiser.schedule.add_noise(x, ctx.random.normal(f"{site}/eps", x.shape[1:]), t)
 
     def critic_loss(self, batch: Batch, ctx: Context) -> Mapping[str, Tensor]:
-        """Denoising on the student's samples; under the lognormal law weighted by 1/kappa^2 + 1/sigma_data^2."""
+        """Denoising on the student's samples; under the log-normal law weighted by 1/kappa^2 + 1/sigma_data^2."""
         if self.config.noise_law == "uniform":
             return super().critic_loss(batch, ctx)
         x = self.critic_sample(batch, ctx)

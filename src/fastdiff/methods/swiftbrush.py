@@ -22,7 +22,7 @@ class SwiftBrushConfig(ScoreGapConfig):
     Args:
         guidance_scale: w of both scores, the teacher's and the fake one's.
         guidance_range: draw w per sample from this range instead, the same for both scores.
-        null_probability: how often the fake score is fitted without prompts, which gives meaning to guiding it.
+        prompt_dropout: share of the fake score's updates that are made without prompts, which gives meaning to guiding it.
         clip_weight: weight of the clamped image-text term (SwiftBrush v2, arXiv 2408.14176, takes 0.1); 0 leaves
             it out.
         clip_threshold: image-text similarity above which that term is silent.
@@ -31,16 +31,16 @@ class SwiftBrushConfig(ScoreGapConfig):
 
     guidance_scale: float = 4.5
     guidance_range: tuple[float, float] | None = None
-    null_probability: float = 0.1
+    prompt_dropout: float = 0.1
     clip_weight: float = 0.0
     clip_threshold: float = 0.37
     clip_steps: int | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_not_negative(null_probability=self.null_probability, clip_weight=self.clip_weight)
-        if self.null_probability > 1:
-            raise ValueError(f"null_probability must be from 0 to 1, got {self.null_probability}")
+        check_not_negative(prompt_dropout=self.prompt_dropout, clip_weight=self.clip_weight)
+        if self.prompt_dropout > 1:
+            raise ValueError(f"prompt_dropout must be from 0 to 1, got {self.prompt_dropout}")
         if not -1 <= self.clip_threshold <= 1:
             raise ValueError(f"clip_threshold is a cosine, from -1 to 1, got {self.clip_threshold}")
         if self.clip_steps is not None:
@@ -120,7 +120,7 @@ class SwiftBrush(ScoreGap):
         x = self.critic_sample(batch, ctx)
         t, eps = any_time(ctx, "critic/t"), ctx.random.normal("critic/eps", batch.latent_shape)
         x_t = ctx.denoiser.schedule.add_noise(x, eps, t)
-        dropped = ctx.random.shared_uniform("critic/null") < self.config.null_probability
+        dropped = ctx.random.shared_uniform("critic/null") < self.config.prompt_dropout
         cond = batch.null.expand(len(batch)) if dropped else batch.cond
         prediction = ctx.denoiser(x_t, t, cond, "fake_score")
         alpha, _ = prediction.levels
