@@ -121,6 +121,13 @@ def _consistent(method: str, share: float = 1.0, **config) -> list[Stage]:
     return [path_stage(method, SHORT | {"num_ddim_timesteps": 40} | config, MIXTURE, share)]
 
 
+def _phases(count: int) -> dict[str, list[Stage]]:
+    return {
+        "pcm": _consistent("pcm", num_phases=count, adversarial_weight=0.0),
+        "lcm": _consistent("lcm", num_inference_steps=count),
+    }
+
+
 CLAIMS = (
     Claim(
         "two_time_scale",
@@ -282,11 +289,22 @@ CLAIMS = (
         "phases_many_steps",
         "2405.18407",
         "eight phases are better than plain consistency at eight steps",
-        arms={
-            "pcm": _consistent("pcm", num_phases=8, adversarial_weight=0.0),
-            "lcm": _consistent("lcm", num_inference_steps=8),
-        },
+        arms=_phases(8),
         limits="without PCM's adversarial term",
+    ),
+    Claim(
+        "phases_ten_steps",
+        "2405.18407",
+        "ten phases are better than plain consistency at ten steps",
+        arms=_phases(10),
+        limits="without PCM's adversarial term",
+    ),
+    Claim(
+        "phases_twenty_steps",
+        "2405.18407",
+        "twenty phases are better than plain consistency at twenty steps",
+        arms=_phases(20),
+        limits="without PCM's adversarial term; a phase is two of the solver's steps",
     ),
     Claim(
         "data_free_maps",

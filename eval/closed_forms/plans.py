@@ -138,12 +138,13 @@ def _progressive(effort: Effort, world: str) -> list[Stage]:
 
 
 def _tscd(effort: Effort, world: str) -> list[Stage]:
-    unguided = SHORT | {"num_ddim_timesteps": 40, "score_guidance_scale": 1.0, "discriminator_learning_rate": 1e-4}
+    unguided = SHORT | {"num_ddim_timesteps": 40, "discriminator_learning_rate": 1e-4}
     segments = [
         unguided | {"num_segments": count, "num_inference_steps": count, "adversarial_weight": 0.1}
         for count in (8, 4, 2, 1)
     ]
-    last = unguided | {"num_segments": 1, "num_inference_steps": 1, "adversarial_weight": 0.0, "score_weight": 1.0}
+    last = unguided | {"num_segments": 1, "num_inference_steps": 1, "adversarial_weight": 0.0}
+    last |= {"score_weight": 1.0, "score_guidance_scale": 1.0}
     return [
         *(path_stage("tscd", config, effort, 0.4) for config in segments),
         score_stage("tscd", last, effort),

@@ -320,6 +320,29 @@ def test_the_printed_losses_takes_loras_and_nothing_is_added(tiny_sd):
     sum(apex.student_loss(sd_batch(), context(networks.denoiser, 2)).values()).backward()
     assert any(p.grad is not None and p.grad.abs().max() > 0 for p in networks.parameters("student"))
     assert apex.sampling_inputs(networks.denoiser, 1, torch.device("cpu")) == {}
+    assert method().compares_with_null() and not apex.compares_with_null()
+
+
+@pytest.mark.parametrize(
+    ("losses", "unread"),
+    [
+        ("code", {"shift_scale": 1.0, "shift_bias": 0.0, "mix": 0.25}),
+        (
+            "paper",
+            {
+                "guidance_strength": 0.0,
+                "near_share": 0.1,
+                "difference_step": 0.1,
+                "segments": 1,
+                "adversarial_weight": 0.0,
+            },
+        ),
+    ],
+)
+def test_options_of_the_other_losses_are_refused(losses, unread):
+    for name, value in unread.items():
+        with pytest.raises(ValueError, match=f"{name} has no effect with losses {losses}"):
+            APEXConfig(losses=losses, **{name: value})
 
 
 @pytest.mark.parametrize("bad", [{"mix": 1.0}, {"segments": 0}, {"difference_step": 0.0}, {"timesteps": (1, 2)}])

@@ -20,6 +20,7 @@ from trajectory_helpers import (
     images,
     levels,
     orders,
+    product_map,
     settings,
     student_loss,
     told,
@@ -175,6 +176,33 @@ def test_error_falls_with_the_teachers_sub_steps():
     assert orders(found)[-1] == pytest.approx(1, abs=0.1), orders(found)
 
 
+@SCHEDULES
+def test_a_longer_skip_is_as_many_of_the_teachers_steps(schedule):
+    """Four of ten grid points of a teacher in closed form; pairs with fewer points below them go to the clean end."""
+    ctm, number = method(num_ddim_timesteps=10, max_skip=4), torch.tensor([0, 2, 5, 9])
+    denoiser = gaussian_denoiser(schedule, student=JumpNet(exact_map(schedule), None, schedule))
+    ctx = context(denoiser, 4, {"pair": number, "skip": torch.tensor([0.99, 0.99, 0.99, 0.2])})
+    place = ctm.place(ctx, "cpu")
+    assert place.start.tolist() == [99, 299, 599, 999] and place.next.tolist() == [-1, -1, 199, 799]
+    assert (place.end <= place.next).all()
+    x = data(4)
+    found = ctm.solve(x, place, batch_of(4, 1, x), ctx, 1.0)[:, :, 0, 0]
+    steps = product_map(list(range(-1, 1000, 100)), schedule)
+    expected = steps(x[:, :, 0, 0], place.start[:, None], place.next[:, None])
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-12 if schedule is SD else 1e-6)
+
+
+def test_skips_are_longer_more_often_and_ends_lie_below_them():
+    ctm, rows = method(max_skip=4), 20_000
+    ctx = context(gaussian_denoiser(), rows, {"pair": torch.full((rows,), 39)})
+    place = ctm.place(ctx, "cpu")
+    skip = (place.start - place.next) // 25
+    shares = [(skip == k).double().mean().item() for k in (1, 2, 3, 4)]
+    assert shares == pytest.approx([0.1, 0.2, 0.3, 0.4], abs=0.015)
+    assert (place.end <= place.next).all()
+    assert (method().place(ctx, "cpu").next == 974).all()
+
+
 def test_heun_jumps_to_the_clean_end_where_no_network_is_asked():
     asked = []
 
@@ -309,6 +337,8 @@ def test_stock_tcd_keeps_the_law_with_the_map_of_each_end():
         ({"solver_steps": 30}, "30 steps do not fit"),
         ({"compare_at": "clean"}, "target_decay"),
         ({"denoising_weight": -1.0}, "denoising_weight"),
+        ({"max_skip": 0}, "max_skip"),
+        ({"max_skip": 41}, "max_skip"),
     ],
 )
 def test_bad_settings_are_named(config, named):

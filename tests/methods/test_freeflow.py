@@ -211,7 +211,9 @@ def test_the_fake_score_denoises_one_step_samples():
     torch.testing.assert_close(loss, expected, rtol=1e-3, atol=1e-5)
 
 
-@pytest.mark.parametrize("bad", [{"correct_every": 1}, {"correction_std": 0.0}, {"norm_constant": 0.0}])
+@pytest.mark.parametrize(
+    "bad", [{"correct_every": 1}, {"correction_weight": 0.0}, {"correction_std": 0.0}, {"norm_constant": 0.0}]
+)
 def test_bad_settings_are_named(bad):
     with pytest.raises(ValueError, match=next(iter(bad))):
         FreeFlowConfig(**bad)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import itertools
 import math
 
 import pytest
@@ -16,7 +17,7 @@ from fastdiff.engine import Settings, Trainer
 from fastdiff.engine.networks import build_networks
 from fastdiff.methods._adversarial import Noisy
 from fastdiff.methods.base import Batch
-from fastdiff.methods.lightning import CRITIC, HEAD, Lightning, LightningConfig
+from fastdiff.methods.lightning import CRITIC, HEAD, Lightning, LightningConfig, with_extra_starts
 from fastdiff.methods.progressive import PREVIOUS, Progressive, ProgressiveConfig
 from fastdiff.models.analytic import ExactNetwork
 from fastdiff.models.conditioning import Conditioning
@@ -31,7 +32,7 @@ def method(**config) -> Lightning:
 
 def free(case: str = "vp") -> Free:
     slope, offset = torch.tensor([[0.3, 0.1], [0.0, 0.5]]), torch.tensor([0.2, -0.1])
-    return Free(slope.double(), offset.double(), *KINDS[case])
+    return Free(slope.double(), offset, *KINDS[case])
 
 
 # Without a discriminator
@@ -222,6 +223,39 @@ def test_ends_are_judged_at_noisier_times_of_the_list_only():
     torch.testing.assert_close(noises[0], draw, rtol=0, atol=1e-9)
 
 
+def test_a_student_of_one_step_also_learns_the_times_its_teacher_knows():
+    """The rest of each of the teacher's steps, against its solution walked by hand; they all end clean."""
+    student = free()
+    denoiser = denoiser_of(ExactNetwork(LAW, SD, "epsilon"), student=student)
+    lightning = method(num_inference_steps=1, extra_timesteps=(749, 499, 249))
+    ctx = context(denoiser, 4, {"step": torch.arange(4)})
+    x0, labels = spatial(noise(4)), batch_of(4, 2).cond
+    step = lightning.transition(batch_of(4, 2, x0), ctx)
+    assert step.start.t.tolist() == [999.0, 749.0, 499.0, 249.0] and step.index.tolist() == [-1] * 4
+    for row, way in enumerate([(999, 499, -1), (749, 499, -1), (499, -1), (249, -1)]):
+        x = step.start.x_t[row : row + 1]
+        for start, end in itertools.pairwise(way):
+            t, s = (torch.tensor([float(index)]).double() for index in (start, end))
+            alpha, sigma = SD.alpha(t), SD.sigma(t)
+            clean = LAW.denoise(x, t, SD)
+            alpha_s, sigma_s = (1.0, 0.0) if end < 0 else (SD.alpha(s), SD.sigma(s))
+            x = alpha_s * clean + sigma_s * (x - alpha * clean) / sigma
+        torch.testing.assert_close(step.real[row : row + 1], x, rtol=0, atol=1e-12)
+    eps = ctx.random.normal("eps", (2, 1, 1)).double()
+    torch.testing.assert_close(step.start.x_t[1:], SD.add_noise(x0, eps, step.start.t)[1:], rtol=0, atol=0)
+    torch.testing.assert_close(step.fake, denoiser(step.start.x_t, step.start.t, labels, "student").x0)
+    many = lightning.transition(batch_of(200, 2, spatial(noise(200))), context(denoiser, 200)).start.t
+    assert sorted(set(many.tolist())) == [249.0, 499.0, 749.0, 999.0]
+
+
+def test_extra_times_lead_to_the_end_of_their_step_by_the_teachers_grid():
+    steps = torch.tensor([[999, 749, 499], [499, 249, -1]])
+    found = with_extra_starts(steps, (249, 749, 499, 600, 749))
+    further = [[749, 749, 499], [600, 600, 499], [249, 249, -1]]
+    assert found.tolist() == steps.tolist() + further
+    assert with_extra_starts(steps, ()).tolist() == steps.tolist()
+
+
 # Stages and training
 
 
@@ -258,6 +292,9 @@ def test_a_few_steps_train_student_and_critic(tiny_sd, tmp_path):
     ("config", "named"),
     [
         ({"renoise_timesteps": (1000,)}, "renoise_timesteps"),
+        ({"extra_timesteps": (999,)}, "extra_timesteps"),
+        ({"objective": "mse", "renoise_timesteps": (10,)}, "renoise_timesteps has no effect"),
+        ({"loss_weight": "velocity"}, "loss_weight has no effect with the objective conditional"),
         ({"discriminator_learning_rate": 0.0}, "discriminator_learning_rate"),
         ({"stage_teacher": "kept", "guidance_scale": 6.0}, "guidance"),
         ({"stage_teacher": "previous", "guidance_scale": 6.0}, "guidance"),

@@ -99,6 +99,20 @@ def test_the_first_stage_serves_below_the_truncation_and_the_student_above():
 
 
 @pytest.mark.parametrize("process", ["epsilon", "flow"])
+def test_a_step_that_keeps_no_noise_ends_in_the_teachers_clean_prediction(process):
+    """With q = 2 and a = 0 the step from kappa = 0.9 arrives; a table's first index, short of it, asks the networks."""
+    schedule, kind, *_ = PROCESSES[process]
+    networks = {"student": Constant(1.0), "first_stage": Constant(-1.0)}
+    denoiser, batch = denoiser_of(teacher_network(process), schedule, kind, **networks), batch_of(2, 2)
+    t, tcm = schedule.time_of_kappa(f64([0.9, 5.0])), method(step_base=2.0, step_stage=0, truncation_index=100)
+    assert tcm.kept(schedule.kappa(t))[0] == 0 < tcm.kept(schedule.kappa(t))[1]
+    x_t = torch.randn(2, 2, 1, 1, dtype=torch.float64)
+    found, clean = tcm.target(x_t, t, batch, context(denoiser, 2)), LAW.denoise(x_t, t, schedule)
+    torch.testing.assert_close(found[0], clean[0], rtol=0, atol=1e-9)
+    assert (found[1] - clean[1]).abs().min() > 1e-2
+
+
+@pytest.mark.parametrize("process", ["epsilon", "flow"])
 def test_at_the_exact_consistency_function_the_step_errs_at_second_order(process):
     schedule, kind, *_ = PROCESSES[process]
     exact = ConsistencyNetwork(schedule, kind)

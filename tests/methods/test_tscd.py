@@ -142,6 +142,8 @@ def test_each_stage_has_its_own_sampler():
         ({"eta": 2.0}, "eta"),
         ({"num_segments": 8, "num_inference_steps": 4}, "multiple of num_segments"),
         ({"num_inference_steps": 0}, "num_inference_steps"),
+        ({"score_guidance_scale": 4.0}, "score_guidance_scale has no effect with score_weight 0"),
+        ({"fake_score_learning_rate": 1e-4}, "fake_score_learning_rate has no effect"),
     ],
 )
 def test_bad_settings_are_named(config, named):

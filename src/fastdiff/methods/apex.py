@@ -18,6 +18,7 @@ from fastdiff.diffusion.tensors import broadcast_to
 from fastdiff.methods._apex_paper import paper_losses
 from fastdiff.methods._continuous import check_falling
 from fastdiff.methods._flow_map import moved_share, noise_share, time_of_share
+from fastdiff.methods._unread import refuse_unread
 from fastdiff.methods.base import (
     Batch,
     Context,
@@ -38,6 +39,10 @@ GROUPS = 4
 LAST = 999
 _FLAG = 1000.0  # in the units of network times
 _BARRON = 1e-3
+_OF_LOSSES = {
+    "code": ("guidance_strength", "near_share", "difference_step", "segments", "adversarial_weight"),
+    "paper": ("shift_scale", "shift_bias", "mix"),
+}
 
 
 @dataclass(frozen=True)
@@ -74,6 +79,7 @@ class APEXConfig:
         check_positive(near_share=self.near_share, difference_step=self.difference_step, segments=self.segments)
         if not 0 <= self.mix < 1:
             raise ValueError(f"mix must be in [0, 1), got {self.mix}")
+        refuse_unread(self, _OF_LOSSES["paper" if self.losses == "code" else "code"], f"with losses {self.losses}")
 
 
 class APEX(Method):
@@ -192,7 +198,7 @@ class APEX(Method):
         return self.ask(z, last, clean, cond, ctx).x0
 
     def compares_with_null(self) -> bool:
-        return self.config.guidance_strength > 0
+        return self.config.losses == "code" and self.config.guidance_strength > 0
 
     def guided(self, v: Tensor, x_t: Tensor, t: Tensor, cond: Conditioning, batch: Batch, ctx: Context) -> Tensor:
         """The data's velocity, pushed along what the prompt changes in the student's own."""

@@ -44,13 +44,16 @@ LAST = 999
 
 @dataclass(frozen=True)
 class FreeFlowConfig:
-    """The paper distils class-conditional transformers; what it does not give is ours and marked so.
+    """The paper distils class-conditional transformers. The share of corrected samples, the norm's power and
+    `correction_mean` are its best published ones; what it does not give is ours and marked so, as are ends drawn evenly
+    over the teacher's indices and one step of the fake score for each of the student's.
 
     Args:
-        guidance_scale: w of the teacher, 1 means none; the student bakes it in.
+        guidance_scale: w of the teacher, 1 means none (ours); the student bakes it in.
         correct_every: every so many-th sample of a batch is corrected, the others are predicted; the paper corrects a
             quarter. 0 turns the correction off.
-        correction_weight: weight of the correction after it is brought to the length of the prediction's residual.
+        correction_weight: weight of the correction after it is brought to the length of the prediction's residual
+            (ours).
         correction_mean, correction_std: of ln(sigma / alpha) where the two velocities are compared; biased to noise
             (the standard deviation is ours).
         norm_power: each sample's loss is divided by its own value to this power, without gradient; 0 is plain.
@@ -70,6 +73,11 @@ class FreeFlowConfig:
     def __post_init__(self) -> None:
         check_not_negative(guidance_scale=self.guidance_scale, correct_every=self.correct_every)
         check_not_negative(correction_weight=self.correction_weight)
+        if self.correct_every and not self.correction_weight:
+            raise ValueError(
+                "correction_weight 0 would train a fake score that no loss reads: give correct_every 0 to leave the "
+                "correction out"
+            )
         check_positive(correction_std=self.correction_std)
         check_adaptive(self.norm_power, self.norm_constant)
         if self.fake_score_learning_rate is not None:

@@ -44,8 +44,11 @@ class KD(Straight):
 
         L = d(x0_student(z, T), x0),   x0 = the teacher's deterministic sample from z,
 
-    (by as many steps as the pairs were made with, or `online_steps`), plus, if weighted, the perceptual distance of the decoded samples. With plain squares the student blurs where it
-    cannot follow the teacher; on a linear teacher the regression is exact.
+    (by as many steps as the pairs were made with, or `online_steps`), plus, if weighted, the perceptual distance of the
+    decoded samples. With plain squares the student blurs where it cannot follow the teacher; on a linear teacher the
+    regression is exact. It is trained at the first level only: pairs hold no points of the path in between, at which
+    other implementations regress the same sample to serve several steps; `rectified_flow` and the consistency methods
+    make students of several steps.
     """
 
     info = MethodInfo(

@@ -18,8 +18,9 @@ from fastdiff.models.sampler import SamplerSpec, consistency, has_boundary_weigh
 
 @dataclass(frozen=True)
 class LCMConfig(TrajectoryConfig):
-    """Defaults are those of the public SD1.5 recipe, but for the guidance: it draws w from 6 to 16 and feeds it in
-    (`guidance_range`), its LoRA recipe fixes 8.5.
+    """Defaults are those of the public SD1.5 recipe, but for the guidance, which it draws from 6 to 16 and feeds in
+    (`guidance_range`). The public LoRA script draws it too, but does not tell the student, which learns an average;
+    the LoRA paper fixes 7.5 of its own count, 8.5 here. The default is a fixed number, and ours.
 
     Args:
         guidance_range: draw w per sample from this range and feed it to the student as an embedding

@@ -13,12 +13,13 @@ from torch import Tensor, nn
 from fastdiff.diffusion.losses import discriminator_softplus, generator_softplus
 from fastdiff.diffusion.prediction import Prediction
 from fastdiff.diffusion.steps import jump
-from fastdiff.diffusion.tensors import broadcast_to
+from fastdiff.diffusion.tensors import DeviceTable, broadcast_to
 from fastdiff.diffusion.timesteps import Grid
 from fastdiff.methods._adversarial import Noisy
 from fastdiff.methods._trajectory import teacher_path
+from fastdiff.methods._unread import refuse_unread
 from fastdiff.methods.base import Batch, Context, Group, MethodInfo, Update, check_positive
-from fastdiff.methods.progressive import PREVIOUS, Progressive, ProgressiveConfig, implied_clean
+from fastdiff.methods.progressive import PREVIOUS, Progressive, ProgressiveConfig, implied_clean, stage_steps
 from fastdiff.models.conditioning import Conditioning
 from fastdiff.models.denoiser import Denoiser
 from fastdiff.models.discriminator import FeatureHeads
@@ -36,15 +37,20 @@ class LightningConfig(ProgressiveConfig):
             `unconditional` one that sees only where it ended: sharper, and no longer bound to the teacher's own map.
         stage_teacher: `teacher` for the first stage; `previous` for the student that the run started from; `kept` for
             that run's own previous student, which a stage's second phase shares with its first.
-        discriminator_learning_rate: learning rate of the critic and its head; the student's if not given.
+        discriminator_learning_rate: learning rate of the critic and its head, the student's if not given; `mse` has
+            neither.
         renoise_timesteps: before they are judged, both ends are noised to one of these indices, where it is noisier
-            (for stages of one and two steps); none judges them as they are.
+            (for stages of one and two steps); none judges them as they are. Not for `mse`.
+        extra_timesteps: further indices the student is trained at, each to the end of the step it lies in, where the
+            teacher goes by its own grid. A student of one step trained at 749, 499 and 249 too can start from noised
+            images; a stage's teacher must know the indices, from its own steps or its extra ones.
     """
 
     objective: Literal["mse", "conditional", "unconditional"] = "conditional"
     stage_teacher: Literal["teacher", "previous", "kept"] = "teacher"
     discriminator_learning_rate: float | None = None
     renoise_timesteps: tuple[int, ...] = ()
+    extra_timesteps: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -56,6 +62,15 @@ class LightningConfig(ProgressiveConfig):
             raise ValueError(
                 f"renoise_timesteps must be from 0 to {self.first_timestep}, got {self.renoise_timesteps}"
             )
+        if any(not 0 <= index < self.first_timestep for index in self.extra_timesteps):
+            raise ValueError(
+                f"extra_timesteps must be from 0 to {self.first_timestep - 1}, below the first step's, got "
+                f"{self.extra_timesteps}"
+            )
+        if self.objective == "mse":
+            refuse_unread(self, ("renoise_timesteps",), "with the objective mse, which no discriminator judges")
+        else:
+            refuse_unread(self, ("loss_weight",), f"with the objective {self.objective}, which compares no squares")
 
 
 @dataclass(frozen=True)
@@ -102,6 +117,7 @@ class Lightning(Progressive):
 
     def __init__(self, config: LightningConfig) -> None:
         super().__init__(config)
+        self._steps = DeviceTable(with_extra_starts(stage_steps(config), config.extra_timesteps))
         self._renoise = Grid(config.renoise_timesteps) if config.renoise_timesteps else None
 
     def groups(self) -> dict[str, Group]:
@@ -151,9 +167,9 @@ class Lightning(Progressive):
         return {"discriminator": discriminator_softplus(real, fake)}
 
     def transition(self, batch: Batch, ctx: Context) -> Transition:
-        """One step of the stage's grid for each sample; only the student's has a graph."""
+        """One step of the stage's grid, or from an extra time, for each sample; only the student's has a graph."""
         config, schedule, x0 = self.config, ctx.denoiser.schedule, batch.images()
-        steps = self._steps.on(x0.device)[ctx.random.integers("step", 0, config.num_inference_steps)].unbind(1)
+        steps = self._steps.on(x0.device)[ctx.random.integers("step", 0, len(self._steps.host))].unbind(1)
         t, end = schedule.time_of_index(steps[0]), schedule.time_of_index(steps[-1])
         eps = ctx.random.normal("eps", batch.latent_shape).to(x0.dtype)
         first = broadcast_to(steps[0] == config.first_timestep, x0)
@@ -184,3 +200,17 @@ class Lightning(Progressive):
             return [ctx.modules[HEAD](*own) for own in rows]
         *judged, began = rows
         return [ctx.modules[HEAD](*(torch.cat(pair, 1) for pair in zip(own, began, strict=True))) for own in judged]
+
+
+def with_extra_starts(steps: Tensor, starts: Sequence[int]) -> Tensor:
+    """A stage's table of indices `(N, K + 1)` with a further row for each of `starts` at which no step begins.
+
+    Such a row goes on by the teacher's grid from the start to the end of the step it lies in. It has fewer than K
+    steps where the start lies low in that step, and then stays at the start first, which moves nothing.
+    """
+    grid = steps.tolist()
+    for start in sorted(set(starts) - set(steps[:, 0].tolist()), reverse=True):
+        (way,) = (row for row in steps.tolist() if row[-1] < start < row[0])
+        below = [index for index in way if index < start]
+        grid.append([start] * (len(way) - len(below)) + below)
+    return torch.tensor(grid, device="cpu")

@@ -39,7 +39,7 @@ from fastdiff.models.tangents import Point, Tangent, Tangents
 
 @dataclass(frozen=True)
 class MeanFlowConfig:
-    """Defaults are those of the paper's ImageNet runs; it distils no text-to-image model.
+    """Defaults are those of the paper's ImageNet runs, which distil no text-to-image model, but for `norm_constant`.
 
     Args:
         guidance_scale: w of the teacher, 1 means none; the student bakes it in.
@@ -48,10 +48,12 @@ class MeanFlowConfig:
         instant_share: share of samples whose jump has no length, where the teacher's velocity itself is the target.
         clean_share: share of samples whose jump ends at the clean image, as one-step sampling does (AnyFlow, arXiv
             2605.13724, takes a quarter); the paper has none.
-        sampling: `renoise` jumps to the clean end at every step and adds fresh noise, which stock schedulers do;
-            `jump` goes from time to time as the paper does, which only fastdiff can.
+        sampling: `renoise` jumps to the clean end at every step and adds fresh noise, which stock schedulers do at any
+            number of steps; `jump` goes from time to time as the paper does: the export makes each step's end part of
+            the network, and stock DDIM runs it at `timesteps` only.
         norm_power: each sample's loss is divided by its own value to this power, without gradient; 0 is plain.
-        norm_constant: added to the value first.
+        norm_constant: added to the value first. Here the value is a mean over a sample's numbers, in the paper their
+            sum: the paper's 1e-3 would be 1e-3 over the count of numbers here, so that the default normalises less.
     """
 
     guidance_scale: float = 1.0

@@ -33,7 +33,8 @@ _INDICES = LAST_INDEX + 1
 
 @dataclass(frozen=True)
 class PeRFlowConfig:
-    """Defaults are those of the public SD1.5 run, but for the guidance, which the student bakes in, and the line.
+    """Defaults are those of the public SD1.5 run, but for three: guidance is baked in (`cfg_sync` false, as in the public
+    SDXL run), the target is that run's too, and the input lies on DDIM's line (see the method).
 
     Args:
         guidance_scale: w of the teacher's solver.
@@ -41,7 +42,7 @@ class PeRFlowConfig:
         solver_steps: DDIM steps of the teacher in a window.
         num_inference_steps: steps the student is meant to be run with, a multiple of `windows`.
         cfg_sync: the teacher is unguided and sees the same dropped prompts as the student, so that a LoRA student takes
-            guidance when it is run; then guidance_scale is not used.
+            guidance when it is run, as in the public SD1.5 run; then guidance_scale is not used.
         prompt_dropout: share of samples whose student sees no prompt.
         loss_type: `l2`, or `huber` with `huber_c`.
         huber_c: width of the quadratic part.
@@ -85,6 +86,10 @@ class PeRFlow(Method):
     over the window, the public code's `ddim_eps` target; there the input lies on the chord in x, for which no stock
     sampler exists, here on DDIM's line, so that stock DDIM is exact at any multiple of `windows`. In a flow both are
     the same chord. One window is reflow with pairs made on the way.
+
+    The public code's other targets are not offered, for only its own scheduler samples their students: `diff_eps`, its
+    SD1.5 run's, is eps~ times a factor of the window (0.751, 0.658, 0.632, 0.959 from the noisiest of four), and
+    `velocity` makes the network predict (x_e - x_s) / (e - s) itself.
     """
 
     info = MethodInfo(

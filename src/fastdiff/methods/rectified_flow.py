@@ -12,6 +12,7 @@ from fastdiff.diffusion.prediction import Prediction, prediction_target
 from fastdiff.diffusion.schedules import Terminal
 from fastdiff.diffusion.timesteps import Grid, TimeSampler, Uniform, UShaped
 from fastdiff.methods._straight import MARGIN, Straight, StraightConfig, level_of, line_through, time_of_level
+from fastdiff.methods._unread import refuse_unread
 from fastdiff.methods.base import Batch, Context, MethodInfo, check_positive
 
 
@@ -25,8 +26,8 @@ class RectifiedFlowConfig(StraightConfig):
         times: law of the noise level sigma / (alpha + sigma), a rectified flow's time, as a part of the level at the
             start: uniform, or u_shaped with both ends more often (arXiv 2405.20320).
         u_shape: a of the density proportional to cosh(a (part - 1/2)).
-        regress: `velocity` compares eps - x0, as the papers do; `native` what the network predicts, which for an
-            epsilon network weighs high noise 1.3 to 244 times less.
+        regress: in reflow, `velocity` compares eps - x0, as the papers do; `native` what the network predicts, which for
+            an epsilon network weighs high noise 1.3 to 244 times less.
     """
 
     objective: Literal["reflow", "distill"] = "reflow"
@@ -39,6 +40,8 @@ class RectifiedFlowConfig(StraightConfig):
         check_positive(u_shape=self.u_shape)
         if self.objective == "distill" and self.times != "uniform":
             raise ValueError("times is the law of reflow; distill trains at the student's own steps: leave it out")
+        if self.objective == "distill":
+            refuse_unread(self, ("regress",), "with the objective distill, which compares clean samples")
 
 
 class RectifiedFlow(Straight):

@@ -40,7 +40,10 @@ class RFPP(RectifiedFlow):
         p(t) proportional to exp(a t) + exp(a (1 - t)), a = 4,   t = sigma / (alpha + sigma)
 
     The student starts as the teacher seen as a rectified flow, which is exact for every process: equal noise-to-signal
-    ratio, rescaled input (the paper's schedule conversion). Real images enter through the pairs: `fastdiff pairs
+    ratio, rescaled input (the paper's schedule conversion). The paper's own sampler steps to (1 - t') x0 + t' z with the
+    clean prediction x0 and the run's first noise z. Where a student is straight that is Euler's step; elsewhere it is
+    none that a stock scheduler makes, so that students are run, and previewed, with Euler's (DDIM's on tables of betas).
+    Real images enter through the pairs: `fastdiff pairs
     --real_images ... --real_share ...` stores them with the noise from which the teacher would make them.
     """
 

@@ -90,7 +90,9 @@ class TCM(Method):
         L = (1 + 1 / kappa_t^2) d(f(x_t, t), sg f(x_r, r) if r is above the truncation, else f_1(x_r, r)),
         d(x, y) = sqrt(mean (x - y)^2 + c^2) - c,
 
-    averaged over times above the truncation (ln kappa by Student's t of 0.01 degrees and scale 0.2, cut to what the
+    where a step keeps no noise (early stages of a small q) the target is x_r itself, the teacher's clean prediction;
+
+    L averaged over times above the truncation (ln kappa by Student's t of 0.01 degrees and scale 0.2, cut to what the
     teacher knows and to 80), plus boundary_weight times its average at the truncation itself.
     """
 
@@ -166,7 +168,10 @@ class TCM(Method):
         r = self.next_time(t, schedule)
         own, first = self.both(jump(teacher, r), r, batch, ctx)
         low = time_at(self.config.truncation_index, t, schedule)
-        return torch.where(broadcast_to(r >= low, own.x0), own.x0, first.x0)
+        further = torch.where(broadcast_to(r >= low, own.x0), own.x0, first.x0)
+        # A step that keeps no noise arrives; a table's first index, where r is then held, is not clean.
+        arrived = self.kept(schedule.kappa(t)) == 0
+        return torch.where(broadcast_to(arrived, further), teacher.x0, further)
 
     def both(self, x: Tensor, r: Tensor, batch: Batch, ctx: Context) -> list[Prediction]:
         """The live student and the first stage's, in one call where both are adapters."""

@@ -11,6 +11,7 @@ from torch import Tensor
 from fastdiff.methods._adversarial import weighted
 from fastdiff.methods._phased import check_phases, draw_end, phase_edge
 from fastdiff.methods._trajectory_gan import AdversarialTrajectory, AdversarialTrajectoryConfig
+from fastdiff.methods._unread import refuse_unread
 from fastdiff.methods.base import Batch, Context, Group, MethodInfo, Update, check_not_negative, check_positive
 from fastdiff.methods.dmd2 import DMD2, DMD2Config
 from fastdiff.models.sampler import SamplerSpec
@@ -20,8 +21,11 @@ from fastdiff.models.sampler import SamplerSpec
 class TSCDConfig(AdversarialTrajectoryConfig):
     """One stage; a recipe's stages go through 8, 4, 2 and 1 segments, each from the one before (`init_from`).
 
-    The paper weighs the squared error more in the first stages and the adversarial term more in the last ones, without
-    numbers: the weights of the recipes are this project's.
+    The segments, the squared error, the averaged target and a last stage of score distillation are the paper's. It
+    weighs the squared error more in the first stages and the adversarial term more in the last ones, without numbers:
+    all weights, here and in the recipes, `target_decay`, both guidance scales and learning rates are this project's.
+    40 solver steps of 25 indices stand for the paper's 20 indices a step, so that segments end where stock DDIM lands.
+    Its noise perturbation, its learning from human feedback and the 800 indices of its one-step LoRA are left out.
 
     Args:
         num_ddim_timesteps: points of the solver's grid, a divisor of 1000 that `num_segments` divides.
@@ -32,8 +36,8 @@ class TSCDConfig(AdversarialTrajectoryConfig):
         adversarial_weight: weight of the generator's term; 0 leaves the discriminator out.
         consistency_weight: weight of the consistency loss.
         score_weight: weight of score distillation of the one-step sample (last stage); 0 leaves the fake score out.
-        score_guidance_scale: w of the teacher's score.
-        fake_score_learning_rate: learning rate of the fake score; the student's if not given.
+        score_guidance_scale: w of the teacher's score; only with score_weight.
+        fake_score_learning_rate: learning rate of the fake score, the student's if not given; only with score_weight.
     """
 
     num_ddim_timesteps: int = 40
@@ -64,6 +68,8 @@ class TSCDConfig(AdversarialTrajectoryConfig):
                 f"score_weight distils the one-step sample, but {self.num_segments} segments never cross the whole "
                 "trajectory: use it in a stage with num_segments 1"
             )
+        if not self.score_weight:
+            refuse_unread(self, ("score_guidance_scale", "fake_score_learning_rate"), "with score_weight 0")
 
     @property
     def steps(self) -> int:
