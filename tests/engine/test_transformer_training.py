@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import warnings
 
 import pytest
 import torch
@@ -13,15 +14,27 @@ from fastdiff.engine import Settings, Trainer
 from fastdiff.engine.previews import sample_role
 from fastdiff.engine.validation import FeatureMoments
 from fastdiff.methods import (
+    APEX,
+    BOOT,
+    CTM,
     DMD2,
     LCM,
     PCM,
+    APEXConfig,
+    BOOTConfig,
+    CTMConfig,
     DecoupledDMD,
     DecoupledDMDConfig,
     DMD2Config,
     FDistill,
     FDistillConfig,
+    FreeFlow,
+    FreeFlowConfig,
+    GuidanceDistillation,
+    GuidanceDistillationConfig,
     LCMConfig,
+    MeanFlow,
+    MeanFlowConfig,
     PCMConfig,
     RectifiedFlow,
     RectifiedFlowConfig,
@@ -34,6 +47,15 @@ METHODS = {
     "pcm": lambda: PCM(PCMConfig()),
     "rectified_flow": lambda: RectifiedFlow(RectifiedFlowConfig()),
     "f_distill": lambda: FDistill(FDistillConfig(update_rule="every", student_update_every=1)),
+}
+TOLD = {
+    "meanflow": lambda: MeanFlow(MeanFlowConfig(guidance_scale=2.0)),
+    "boot": lambda: BOOT(BOOTConfig()),
+    "ctm": lambda: CTM(CTMConfig(target_decay=0.9)),
+    "freeflow": lambda: FreeFlow(FreeFlowConfig(correct_every=2)),
+    "apex": lambda: APEX(APEXConfig()),
+    # A student of one pass with guidance 1 is what stock pipelines sample when they are told nothing.
+    "guidance_distillation": lambda: GuidanceDistillation(GuidanceDistillationConfig(guidance_range=(0.5, 1.5))),
 }
 NAMES = [builder.__name__ for builder in BUILDERS if builder.__name__ != "flux_schnell"]
 # In the last block of these the text stream ends: what only serves it has no gradient.
@@ -104,6 +126,34 @@ def test_a_step_moves_every_adapter(make, name, method):
         ]
         assert sorted(still) == sorted(UNUSED.get(name, ())), role
     assert set(trainer.networks.roles) >= {"teacher", "student"}
+
+
+@pytest.mark.parametrize("method", TOLD)
+def test_students_that_are_told_more_are_trained(make, method):
+    """A full student with one input more, in forward mode where the method differentiates; all of its weights learn."""
+    rows = {"train_batch_size": 4, "fake_score": "full", "gradient_checkpointing": method != "meanflow"}
+    trainer = make("stable_diffusion_3", TOLD[method](), student="full", **rows)
+    slot = "timestep_slot.cond_proj.weight"
+    before = {name: weight.clone() for name, weight in trainer.networks.roles.named_parameters("student")}
+    assert not before[slot].any()
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message=".*central differences")
+        step(trainer)
+    after = dict(trainer.networks.roles.named_parameters("student"))
+    assert after[slot].any()
+    moved = {name for name, weight in before.items() if not torch.equal(weight, after[name])}
+    still = {name.rpartition(".")[0] for name in before.keys() - moved}
+    assert still <= {f"transformer_blocks.1.attn.{name}" for name in ("add_q_proj", "norm_added_q")}
+
+
+@pytest.mark.parametrize("method", ["lcm", "guidance_distillation"])
+def test_a_guidance_that_no_stock_pipeline_passes_on_is_refused(make, method):
+    cls, config = {
+        "lcm": (LCM, LCMConfig),
+        "guidance_distillation": (GuidanceDistillation, GuidanceDistillationConfig),
+    }[method]
+    with pytest.raises(ValueError, match="SD3Transformer2DModel have no argument for that: fix guidance_scale"):
+        make("stable_diffusion_3", cls(config(guidance_range=(2.0, 8.0))), student="full")
 
 
 @pytest.mark.slow

@@ -101,3 +101,19 @@ def test_lora_files_alone_are_refused_where_no_pipeline_reads_them(tmp_path):
     recipe = resolve({"method": "dmd2", "output_dir": str(tmp_path / "run")})
     with pytest.raises(ValueError, match="PixArtSigmaPipeline of diffusers loads no LoRA"):
         export_run(trainer, recipe, tmp_path / "other", pipeline=False)
+
+
+@pytest.mark.parametrize("values", [
+    {"method": "meanflow", "timesteps": [999, 499]},
+    {"method": "ctm", "num_inference_steps": 4, "eta": 0.0},
+    {"method": "guidance_distillation", "guidance_range": [0.5, 1.5], "num_inference_steps": 2},
+], ids=lambda values: values["method"])  # fmt: skip
+@pytest.mark.parametrize("name", NAMES)
+def test_a_student_that_is_told_more_is_a_stock_transformer(name, values, tmp_path):
+    trainer, student = exported(name, tmp_path, {"student": "full", **values})
+    assert student.record.load_back["ok"]
+    network, teacher = load_pipeline(student.folder).transformer, trainer.teacher.network
+    assert type(network) is type(teacher)
+    assert network.state_dict().keys() == teacher.state_dict().keys()
+    assert trainer.networks.roles.state_dict("student")["timestep_slot.cond_proj.weight"].any()
+    assert student.record.sampler.own_steps_only == (values["method"] == "ctm")

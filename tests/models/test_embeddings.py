@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import functools
 import math
 
 import pytest
 import torch
+from tiny_transformers import BUILDERS, build
 from torch import nn
 
 from fastdiff.models.analytic import AnalyticFamily
@@ -19,7 +21,11 @@ from fastdiff.models.embeddings import (
     with_guidance_input,
     with_input_at_times,
 )
-from fastdiff.models.families import StableDiffusion, StableDiffusionXL
+from fastdiff.models.families import StableDiffusion, StableDiffusionXL, family_of
+from fastdiff.models.families.flux import Flux
+from fastdiff.models.timestep_slot import time_sinusoids
+
+TRANSFORMERS = [builder.__name__ for builder in BUILDERS]
 
 
 def slot_of(network: nn.Module) -> nn.Linear:
@@ -44,13 +50,45 @@ def stable_diffusion_xl(pipeline):
     return pipeline.unet, StableDiffusionXL(), Conditioning(tensors | {"time_ids": torch.ones(2, 6)}), (4, 16, 16)
 
 
-@pytest.fixture(params=["point", "residual", "sd", "sdxl"])
-def case(request):
-    torch.manual_seed(0)
+class GuidedFlux(Flux):
+    """FLUX.1-dev, whose network is also told its guidance, which a denoiser does."""
+
+    def call(self, network, x_t, time, cond, **inputs):
+        return super().call(network, x_t, time, cond, guidance=torch.full_like(time, 3.5), **inputs)
+
+
+@functools.cache
+def transformer(name):
+    pipeline = build(name)
+    family = GuidedFlux() if name == "flux" else family_of(type(pipeline).__name__)
+    with torch.no_grad():
+        cond = family.encode_prompts(pipeline, ["a red apple", "b"], 32)
+    return pipeline.transformer, family, cond, (4, 16, 16)
+
+
+def pretrained_case(request):
+    """A pipeline's network, its family, conditioning of two rows and the shape of a latent, by name."""
     if request.param == "sd":
         return stable_diffusion(request.getfixturevalue("tiny_sd"))
     if request.param == "sdxl":
         return stable_diffusion_xl(request.getfixturevalue("tiny_sdxl"))
+    return transformer(request.param)
+
+
+@pytest.fixture
+def pretrained(request):
+    torch.manual_seed(0)
+    return pretrained_case(request)
+
+
+each_pretrained = pytest.mark.parametrize("pretrained", ["sd", "sdxl", *TRANSFORMERS], indirect=True)
+
+
+@pytest.fixture(params=["point", "residual", "sd", "sdxl", *TRANSFORMERS])
+def case(request):
+    torch.manual_seed(0)
+    if request.param not in ("point", "residual"):
+        return pretrained_case(request)
     network = PointNet(3, 1) if request.param == "point" else ResidualNet(3, 1, 32, 2)
     nn.init.normal_(network.leave.weight)
     for block in getattr(network, "blocks", ()):
@@ -100,19 +138,36 @@ def test_networks_without_a_slot_are_refused(tiny_sd):
         with_extra_times(AffinePerBin(1, (0.0, 999.0)))
     with pytest.raises(ValueError, match="already takes 256"):
         with_extra_times(with_guidance_input(tiny_sd.unet))
+    with pytest.raises(ValueError, match="already takes 512"):
+        with_guidance_input(with_extra_times(transformer("stable_diffusion_3")[0], 2))
+
+
+def fed(network, family, cond, shape, times):
+    """Sinusoids of the times, one row each."""
+    x, rows = torch.zeros(len(times), *shape), Conditioning({k: v[:1] for k, v in cond.tensors.items()})
+    return time_sinusoids(network, lambda: family.call(network, x, torch.tensor(times), rows.expand(len(times))))
+
+
+def assert_stock(plain, network):
+    """What stock pipelines load: class, config and weights' names are the teacher's, and no hook is left."""
+    assert type(plain) is type(network)
+    own, config = (
+        {key: value for key, value in dict(one.config).items() if not key.startswith("_")} for one in (plain, network)
+    )
+    assert own == config
+    assert plain.state_dict().keys() == network.state_dict().keys()
+    assert not any(module._forward_pre_hooks or module._forward_hooks for module in plain.modules())
 
 
 @pytest.mark.parametrize("times", [[999.0], [999.0, 499.0], [999.0, 899.0, 749.0, 624.0, 499.0, 374.0, 249.0, 124.0]])
-@pytest.mark.parametrize("kind", ["sd", "sdxl"])
-def test_an_input_that_goes_with_the_time_becomes_a_matrix(kind, times, request):
-    torch.manual_seed(0)
-    pipeline = request.getfixturevalue(f"tiny_{kind}")
-    network, family, cond, shape = (stable_diffusion if kind == "sd" else stable_diffusion_xl)(pipeline)
+@each_pretrained
+def test_an_input_that_goes_with_the_time_becomes_a_matrix(pretrained, times):
+    network, family, cond, shape = pretrained
     wide = with_extra_times(network)
     nn.init.normal_(slot_of(wide).weight, std=0.3)
     ends = torch.tensor([*times[1:], -1.0])
     before = {k: v.clone() for k, v in wide.state_dict().items()}
-    plain = with_input_at_times(wide, torch.tensor(times), time_features([ends]))
+    plain = with_input_at_times(wide, fed(wide, family, cond, shape, times), time_features([ends]))
     x, largest = torch.randn(2, *shape), 0.0
     for time, end in zip(times, ends):
         t, features = torch.full((2,), time), time_features([end.expand(2)])
@@ -121,15 +176,13 @@ def test_an_input_that_goes_with_the_time_becomes_a_matrix(kind, times, request)
             torch.testing.assert_close(family.call(plain, x, t, cond), told, rtol=1e-4, atol=1e-5)
             largest = max(largest, (family.call(wide, x, t, cond) - told).abs().max().item())
     assert largest > 1e-3  # what it is told matters
-    assert plain.config.time_cond_proj_dim is None
+    assert_stock(plain, network)
     assert all(torch.equal(before[name], value) for name, value in wide.state_dict().items())
 
 
-@pytest.mark.parametrize("kind", ["sd", "sdxl"])
-def test_an_input_that_never_changes_becomes_a_bias(kind, request):
-    torch.manual_seed(0)
-    pipeline = request.getfixturevalue(f"tiny_{kind}")
-    network, family, cond, shape = (stable_diffusion if kind == "sd" else stable_diffusion_xl)(pipeline)
+@each_pretrained
+def test_an_input_that_never_changes_becomes_a_bias(pretrained):
+    network, family, cond, shape = pretrained
     wide = with_extra_times(network)
     nn.init.normal_(slot_of(wide).weight, std=0.3)
     features, before = time_features([torch.tensor([-1.0])]), {k: v.clone() for k, v in wide.state_dict().items()}
@@ -139,5 +192,6 @@ def test_an_input_that_never_changes_becomes_a_bias(kind, request):
         told = family.call(wide, x, t, cond, timestep_cond=features.expand(2, -1))
         torch.testing.assert_close(family.call(plain, x, t, cond), told, rtol=1e-4, atol=1e-5)
         assert not torch.allclose(family.call(wide, x, t, cond), told, atol=1e-3)
-    assert plain.config.time_cond_proj_dim is None
+    assert_stock(plain, network)
     assert all(torch.equal(before[name], value) for name, value in wide.state_dict().items())
+    assert all(parameter.requires_grad for parameter in slot_of(wide).parameters())  # it may still be training

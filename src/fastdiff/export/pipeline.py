@@ -15,15 +15,13 @@ from torch import Tensor, nn
 from fastdiff.diffusion.schedules import NoiseSchedule
 from fastdiff.engine.files import whole_folder
 from fastdiff.export.weights import student_state
+from fastdiff.models.embeddings import TIME_FEATURES, UNET_SLOT
 from fastdiff.models.families import Family, family_of
 from fastdiff.models.sampler import SamplerSpec
 from fastdiff.models.teacher import prediction_type_of, scheduler_config
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline, SchedulerMixin
-
-_COND_PROJ = "time_embedding.cond_proj.weight"
-_COND_DIM = 256
 
 
 @dataclass(frozen=True)
@@ -146,8 +144,8 @@ def _bare_network(student: Student, dtype: torch.dtype | None, guidance_free: bo
                 f"guidance_free needs a UNet without a guidance embedding; {type(student.network).__name__} has "
                 "its own or cannot have one. Pass guidance_free=False."
             )
-        config["time_cond_proj_dim"] = _COND_DIM
-        state[_COND_PROJ] = _zero_projection(state)
+        config["time_cond_proj_dim"] = TIME_FEATURES
+        state[UNET_SLOT] = _zero_projection(state)
     with torch.device("meta"):
         network = type(student.network).from_config(config)
     network.load_state_dict(state, strict=True, assign=True)
@@ -156,7 +154,7 @@ def _bare_network(student: Student, dtype: torch.dtype | None, guidance_free: bo
 
 def _zero_projection(state: Mapping[str, Tensor]) -> Tensor:
     first = state["time_embedding.linear_1.weight"]
-    return torch.zeros(first.shape[1], _COND_DIM, dtype=first.dtype)
+    return torch.zeros(first.shape[1], TIME_FEATURES, dtype=first.dtype)
 
 
 def _with_components(pipeline: DiffusionPipeline, changed: Mapping[str, Any]) -> DiffusionPipeline:

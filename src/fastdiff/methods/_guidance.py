@@ -8,8 +8,9 @@ import torch
 from torch import Tensor, nn
 
 from fastdiff.methods.base import Context, Method
+from fastdiff.models.analytic_networks import WidenableNetwork
 from fastdiff.models.denoiser import Denoiser
-from fastdiff.models.embeddings import TIME_FEATURES, guidance_embedding, with_guidance_input
+from fastdiff.models.embeddings import TIME_FEATURES, guidance_embedding, has_own_slot, with_guidance_input
 
 
 class GuidanceSettings(Protocol):
@@ -25,7 +26,19 @@ class GuidanceInput(Method):
     config: GuidanceSettings
 
     def student_network(self, network: nn.Module) -> nn.Module | None:
-        return None if self.config.guidance_range is None else with_guidance_input(network)
+        """A network that is told its guidance.
+
+        Raises:
+            ValueError: if the student's users would have to say it to a stock pipeline that cannot pass it on.
+        """
+        if self.config.guidance_range is None:
+            return None
+        if self.sampling_guidance > 1 and not isinstance(network, WidenableNetwork) and not has_own_slot(network):
+            raise ValueError(
+                f"guidance_range {self.config.guidance_range} makes a student that is told its guidance, and stock "
+                f"pipelines of {type(network).__name__} have no argument for that: fix guidance_scale instead."
+            )
+        return with_guidance_input(network)
 
     def sampling_inputs(self, denoiser: Denoiser, batch_size: int, device: torch.device) -> dict[str, Tensor]:
         return self.told(torch.full((batch_size,), self.sampling_guidance, device=device))

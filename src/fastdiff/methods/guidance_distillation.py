@@ -34,7 +34,7 @@ class GuidanceDistillationConfig:
     Args:
         guidance_scale: w of the teacher.
         guidance_range: draw w per sample from this range and feed it to the student as an embedding (full students
-            only). None fixes `guidance_scale`.
+            of UNets, whose pipelines embed it). None fixes `guidance_scale`.
         states: where x_t comes from: noised images, or the guided teacher's own trajectory from noise, which needs
             prompts only and shows the student the states that sampling will.
         num_inference_steps: steps of the student's sampler, and of the teacher's trajectory.

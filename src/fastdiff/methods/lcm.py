@@ -24,7 +24,8 @@ class LCMConfig(TrajectoryConfig):
 
     Args:
         guidance_range: draw w per sample from this range and feed it to the student as an embedding
-            (full students only; `w_min`, `w_max` of the public scripts are w - 1). None fixes `guidance_scale`.
+            (full students of UNets, whose pipelines embed it; `w_min`, `w_max` of the public scripts are w - 1). None
+            fixes `guidance_scale`.
         num_ddim_timesteps: points of the solver's grid; the sampler must use the same.
         num_inference_steps: steps the student is meant to be run with.
         timestep_scaling_factor: boundary scaling of c_skip, c_out; LCMScheduler must use the same.

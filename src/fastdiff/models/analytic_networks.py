@@ -15,7 +15,7 @@ _TIME_FEATURES = 32
 
 
 class WidenableNetwork(nn.Module):
-    """A network that can be given a slot `timestep_cond` for further scalars, as UNets of diffusers have one."""
+    """A network that can be given a slot `timestep_cond` for further scalars, as networks of diffusers can."""
 
     @abstractmethod
     def widened(self, features: int) -> nn.Module:
@@ -43,7 +43,7 @@ class PointNet(WidenableNetwork):
 
     def widened(self, features: int) -> PointNet:
         wide = copy.deepcopy(self)
-        wide.slot = _zero_linear(features, self.feature_channels, wide.skip.weight)
+        wide.slot = zero_linear(features, self.feature_channels, wide.skip.weight)
         return wide
 
     def forward(self, x_t: Tensor, time: Tensor, labels: Tensor, timestep_cond: Tensor | None = None) -> Tensor:
@@ -107,7 +107,7 @@ class ResidualNet(WidenableNetwork):
 
     def widened(self, features: int) -> ResidualNet:
         wide = copy.deepcopy(self)
-        wide.slot = _zero_linear(features, self.feature_channels, wide.skip.weight)
+        wide.slot = zero_linear(features, self.feature_channels, wide.skip.weight)
         return wide
 
     def forward(self, x_t: Tensor, time: Tensor, labels: Tensor, timestep_cond: Tensor | None = None) -> Tensor:
@@ -140,7 +140,8 @@ class _ModulatedBlock(nn.Module):
         return hidden + self.leave(F.silu(self.enter(self.norm(hidden) * (1 + scale) + shift)))
 
 
-def _zero_linear(inputs: int, outputs: int, like: Tensor) -> nn.Linear:
+def zero_linear(inputs: int, outputs: int, like: Tensor) -> nn.Linear:
+    """A layer without a bias that gives zeros, of the type and on the device of `like`."""
     layer = nn.Linear(inputs, outputs, bias=False, device=like.device, dtype=like.dtype)
     nn.init.zeros_(layer.weight)
     return layer

@@ -26,6 +26,7 @@ from fastdiff.models.embeddings import with_fixed_input, with_input_at_times
 from fastdiff.models.quantizing import exact_weights
 from fastdiff.models.sampler import SamplerSpec
 from fastdiff.models.teacher import Teacher, scheduler_config
+from fastdiff.models.timestep_slot import time_sinusoids
 from fastdiff.recipes.options import HubOptions
 from fastdiff.recipes.recipe import Recipe
 from fastdiff.recipes.student import Student
@@ -147,11 +148,13 @@ def trained_student(trainer: Trainer) -> export.Student:
 
 
 def _told_steps(trainer: Trainer) -> tuple[Tensor, Tensor]:
-    """Each step's time as the network is fed it, `(N,)`, and what it is told there, `(N, n)`."""
-    denoiser, device = trainer.networks.denoiser, trainer.device
-    times, ends = _times_and_ends(trainer.method.sampler(), denoiser.schedule, device)
+    """Sinusoids of each step's time as the student makes them, `(N, channels)`, and what it is told there, `(N, n)`."""
+    denoiser, teacher, resolution = trainer.networks.denoiser, trainer.teacher, trainer.batches.resolution
+    times, ends = _times_and_ends(trainer.method.sampler(), denoiser.schedule, trainer.device)
     told = trainer.method.step_inputs(denoiser, times, ends)["timestep_cond"]
-    return denoiser.schedule.network_time(times), told
+    x = torch.zeros(len(times), *teacher.latent_shape(resolution), device=trainer.device)
+    cond, predict = teacher.null(resolution).to(trainer.device).expand(len(times)), _predict(trainer)
+    return time_sinusoids(denoiser.roles.network("student"), lambda: predict(x, times, cond)), told
 
 
 def _times_and_ends(sampler: SamplerSpec, schedule: NoiseSchedule, device: torch.device) -> tuple[Tensor, Tensor]:

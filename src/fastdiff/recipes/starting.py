@@ -10,11 +10,10 @@ from typing import TYPE_CHECKING
 from torch import Tensor
 
 from fastdiff.engine.checkpoints import STATE, Checkpoints
+from fastdiff.models.embeddings import TRANSFORMER_SLOT, UNET_SLOT
 
 if TYPE_CHECKING:
     from fastdiff.engine import Trainer
-
-_GUIDANCE_OFF = "time_embedding.cond_proj.weight"
 
 
 def start_from(trainer: Trainer, source: str | None) -> None:
@@ -73,8 +72,10 @@ def student_weights(trainer: Trainer, folder: Path) -> dict[str, Tensor]:
         raise FileNotFoundError(f"init_from {folder} holds no {component}/*.safetensors: it is not a full student")
     weights = {name: tensor for file in files for name, tensor in load_file(file).items()}
     own = roles.state_dict("student")
-    if _GUIDANCE_OFF not in own and not weights.get(_GUIDANCE_OFF, Tensor([])).any():
-        weights.pop(_GUIDANCE_OFF, None)  # zeros that the export adds to switch guidance off
+    if UNET_SLOT not in own and not weights.get(UNET_SLOT, Tensor([])).any():
+        weights.pop(UNET_SLOT, None)  # zeros that the export adds to switch guidance off
+    if TRANSFORMER_SLOT in own:
+        weights.setdefault(TRANSFORMER_SLOT, own[TRANSFORMER_SLOT])  # exports have none: the input is new again
     return weights
 
 
