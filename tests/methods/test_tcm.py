@@ -8,14 +8,16 @@ import math
 import pytest
 import torch
 from flow_map_helpers import LAW, PROCESSES, ConsistencyNetwork, Latents, sd_batch, settings, teacher_network
-from method_helpers import SD, batch_of, context, denoiser_of, f64, spatial
+from method_helpers import SD, CleanMap, batch_of, context, denoiser_of, f64, settle, spatial
 from torch import nn
+from trajectory_helpers import FLOW, MU, S, data, gaussian_denoiser
 
 from fastdiff.diffusion import FlowSchedule
 from fastdiff.engine import Trainer
 from fastdiff.engine.networks import build_networks
 from fastdiff.methods.tcm import TCM, TCMConfig, heavy_tailed
 from fastdiff.models.analytic import AnalyticTeacher
+from fastdiff.models.analytic_networks import AffinePerBin
 from fastdiff.models.teacher import Teacher
 
 
@@ -111,6 +113,34 @@ def test_at_the_exact_consistency_function_the_step_errs_at_second_order(process
         errors.append((target - denoiser(x_t, t, batch.cond, "student").x0).norm().item())
     orders = [math.log2(a / b) for a, b in itertools.pairwise(errors)]
     assert orders == pytest.approx([2, 2], abs=0.25)
+
+
+class Exact(CleanMap):
+    """The consistency function of N(MU, S)."""
+
+    def x0(self, x, time, labels):
+        level = time.double()[:, None] / 1000
+        return MU + (S / ((1 - level) ** 2 * S + level**2)).sqrt() * (x - (1 - level) * MU)
+
+
+def test_an_affine_student_per_time_learns_the_steps_above_the_truncation_and_the_first_stage_below(monkeypatch):
+    """Times at which every step ends where the next begins; the last ends below the truncation, at the exact map."""
+    low, kept = FLOW.kappa(FLOW.time_of_index(354)).item(), 0.8
+    kappa = low * kept ** -(torch.arange(6).double() + 0.5)
+    ends, t = kappa * kept, kappa / (1 + kappa)
+    tcm = method(step_stage=30, longest_kept=kept, huber_c=1e3)  # so wide that squares are what it sees
+    monkeypatch.setattr(tcm, "times", lambda batch, ctx: (torch.zeros(24, dtype=torch.bool), t.repeat(4)))
+    student = AffinePerBin(1, (1000 * t).tolist()).double()
+    denoiser = gaussian_denoiser(FLOW, student=student, first_stage=Exact(FLOW, "flow"))
+    batch, ctx = batch_of(24, 1, data(24)), context(denoiser, 24)
+    settle(lambda: tcm.student_loss(batch, ctx)["consistency"], denoiser.roles.parameters("student"), 8)
+    x, slope = f64([-1.0, 2.0]), (S / (S + ends[0] ** 2)).sqrt() * (1 + ends[0])
+    for k in range(6):
+        a_t, a_s = 1 / (1 + kappa[k]), 1 / (1 + ends[k])
+        slope = slope * a_s / a_t * (S + ends[k] * kappa[k]) / (S + kappa[k] ** 2)  # one more DDIM step
+        with torch.no_grad():
+            found = denoiser(spatial(x[:, None]), t[k].expand(2), batch.cond[:2], "student").x0.flatten()
+        torch.testing.assert_close(found, MU + slope * (x - a_t * MU), rtol=0, atol=1e-6)
 
 
 def test_the_loss_is_the_two_averages():
