@@ -41,6 +41,19 @@ def test_steps_shorten_with_every_stage_and_with_noise():
     assert (shares.diff(dim=0) >= 0).all() and (shares.diff(dim=1) >= 0).all()
 
 
+@pytest.mark.parametrize(
+    ("stage", "golden"), [(0, 0.426), (1, 0.507), (2, 0.614), (3, 0.660), (5, 0.690), (7, 0.698), (9, 0.699)]
+)
+def test_early_stages_lose_variance_that_later_ones_keep(stage, golden):
+    """Deviation of one-step samples from sigma 80 at the optimum, of data of deviation 0.7, in steps for q = 2."""
+    tcm = method(step_base=2.0, step_stage=stage, longest_kept=0.9999)
+    kappa, slope = f64(80.0), 1.0
+    while kappa > 1e-4:
+        end = kappa * tcm.kept(kappa)
+        kappa, slope = end, slope * ((0.49 + end * kappa) / (0.49 + kappa**2)).item()
+    assert slope * (80**2 + 0.49) ** 0.5 == pytest.approx(golden, abs=6e-4)
+
+
 def test_one_index_of_stable_diffusion_has_as_much_noise_as_signal():
     assert SD.kappa(f64(354.0)).item() == pytest.approx(1, abs=0.01)
 
@@ -98,6 +111,21 @@ def test_the_first_stage_serves_below_the_truncation_and_the_student_above():
     expected = x_r - (r * value)[:, None, None, None]
     torch.testing.assert_close(tcm.target(x_t, t, batch, ctx), expected, rtol=1e-9, atol=1e-9)
     assert (r < t).all() and ((r >= low) == torch.tensor([False, False, True, True])).all()
+
+
+def test_steps_that_keep_no_noise_regress_the_teachers_clean_prediction():
+    """In stage 0 with q = 2 up to kappa = ln 7; there the loss is denoising, whoever serves below the truncation."""
+    schedule, kind, *_ = PROCESSES["flow"]
+    denoiser = denoiser_of(teacher_network("flow"), schedule, kind, student=Constant(1.0), first_stage=Constant(-1.0))
+    tcm, t = (
+        method(step_base=2.0, step_stage=0, truncation_index=0),
+        schedule.time_of_kappa(f64([0.1, 1.0, 1.94, 1.95])),
+    )
+    x_t, batch, ctx = torch.randn(4, 2, 1, 1, dtype=torch.float64), batch_of(4, 2), context(denoiser, 4)
+    clean = denoiser(x_t, t, batch.cond, "teacher").x0
+    gap = (tcm.target(x_t, t, batch, ctx) - clean).flatten(1).norm(dim=1)
+    assert tcm.next_time(t, schedule)[:3].tolist() == [0, 0, 0]
+    assert gap[:3].max() < 1e-12 < 1e-4 < gap[3]
 
 
 @pytest.mark.parametrize("process", ["epsilon", "flow"])
