@@ -38,7 +38,7 @@ def test_runs_export_what_stock_diffusers_samples(
     slot = pipeline.unet.time_embedding.cond_proj
     assert slot is None or not slot.weight.any()  # the zeros that switch guidance off
     steps = len(record["sampler"]["timesteps"])
-    moving = "jump" in more or method == "ctm" and steps > 1  # told another end at each step
+    moving = "jump" in more or (method == "ctm" and steps > 1)  # told another end at each step
     assert record["sampler"]["own_steps_only"] == moving
     if moving:
         with pytest.raises(RecipeError, match=f"where each of its {steps} steps ends"):
