@@ -223,12 +223,19 @@ def test_ends_are_judged_at_noisier_times_of_the_list_only():
     torch.testing.assert_close(noises[0], draw, rtol=0, atol=1e-9)
 
 
+def line(x: torch.Tensor, y: torch.Tensor) -> tuple[float, float]:
+    """(slope, offset) of an affine map from two of its values."""
+    slope = ((y[1] - y[0]) / (x[1] - x[0])).item()
+    return slope, (y[0] - slope * x[0]).item()
+
+
 class Oracle(Lightning):
     """Judges by the exact logarithm of the ratio of the laws of both ends, in one dimension, from plain noise."""
 
-    def __init__(self, config: LightningConfig, real: tuple[float, float], fake: tuple[float, float]) -> None:
-        super().__init__(config)
-        self.maps = real, fake  # (slope, offset) of the end in the start
+    def transition(self, batch, ctx):
+        step = super().transition(batch, ctx)
+        self.maps = [line(step.start.x_t, end.detach()) for end in (step.real, step.fake)]
+        return step
 
     def logits(self, ends, start, cond, ctx):
         return [(self._log_density(end, start, 0) - self._log_density(end, start, 1)).flatten(1) for end in ends]
@@ -260,7 +267,7 @@ def test_a_mirrored_step_is_as_good_to_the_unconditional_critic_alone(objective,
     student = Free(f64([[share * slope]]), f64([offset]))
     denoiser = gaussian_denoiser(student=student)
     config = LightningConfig(num_inference_steps=1, teacher_steps=2, objective=objective, renoise_timesteps=(100,))
-    lightning = Oracle(config, (slope, offset), (share * slope, offset))
+    lightning = Oracle(config)
     batch, ctx = batch_of(2048, 1, torch.zeros(2048, 1, 1, 1).double()), context(denoiser, 2048)
     loss = lightning.student_loss(batch, ctx)["gan"]
     (gradient,) = torch.autograd.grad(loss, [student.slope])
