@@ -306,6 +306,26 @@ def test_the_printed_losses_are_what_the_paper_prints():
     torch.testing.assert_close(own, expected, rtol=1e-6, atol=1e-8)
 
 
+@pytest.mark.parametrize(("mix", "sees"), [(0.0, False), (0.3, True)])
+def test_without_mixing_the_regression_is_flow_matching_whatever_the_shifted_prompt_says(mix, sees):
+    """t (1 - t) |F(x_t, t) - (z - x)|^2."""
+    found = []
+    for shifted_slope in (0.5, -2.0):
+        student = TwoAffine()
+        with torch.no_grad():
+            student.slope[1] = shifted_slope
+        roles = Roles(TwoAffine().requires_grad_(False), {"student": FullSpec(student, torch.float64)})
+        denoiser = Denoiser(roles, EmbeddingFamily(""), FlowSchedule(), "flow", torch.float64)
+        x, t = torch.linspace(-1, 2, 4).double()[:, None, None, None], f64([0.1, 0.4, 0.6, 0.9])
+        ctx = context(denoiser, 4, {"t": t})
+        found.append(paper(mix=mix).student_loss(embedded_batch(x), ctx)["mixed"].item())
+    z, level = ctx.random.normal("eps", (1, 1, 1)).double(), t[:, None, None, None]
+    velocity = 0.5 * ((1 - level) * x + level * z)
+    expected = (level * (1 - level) * (velocity - (z - x)) ** 2).mean().item()
+    assert (found[0] != found[1]) == sees
+    assert (found[0] == pytest.approx(expected, rel=1e-6)) != sees
+
+
 def test_only_prompt_embeddings_are_shifted():
     cond = Conditioning({"prompt_embeds": torch.ones(1, 2), "time_ids": torch.ones(1, 6)})
     moved = shifted(cond, -0.5, 1.0).tensors

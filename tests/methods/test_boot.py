@@ -8,12 +8,14 @@ import math
 import pytest
 import torch
 from flow_map_helpers import LAW, PROCESSES, Latents, sd_batch, settings, teacher_network, told_end
-from method_helpers import SD, batch_of, context, denoiser_of, f64, spatial
+from method_helpers import SD, batch_of, context, denoiser_of, f64, settle, spatial
 from torch import nn
+from trajectory_helpers import MU, S, ToldAffine, gaussian_denoiser, levels, mapped, product_map
 
 from fastdiff.diffusion import FlowSchedule, Prediction, jump
 from fastdiff.engine import Trainer
 from fastdiff.engine.networks import build_networks
+from fastdiff.methods._trajectory import grid_points
 from fastdiff.methods.boot import BOOT, BOOTConfig
 from fastdiff.models.analytic import AnalyticTeacher
 from fastdiff.models.teacher import Teacher
@@ -108,6 +110,25 @@ def test_the_boundary_is_the_teachers_first_prediction(process):
     weighted = method(boundary_weight=3.0).student_loss(batch, context(denoiser, 4))
     assert set(weighted) == {"bootstrap", "boundary"}
     assert set(method(boundary_weight=0.0).student_loss(batch, context(denoiser, 4))) == {"bootstrap"}
+
+
+def test_an_affine_student_per_told_end_learns_the_teachers_own_trajectory():
+    """y_t = (x_t - sigma_t z) / alpha_t on the DDIM steps from x_T = alpha_T x0_teacher(z, T) + sigma_T z."""
+    points = grid_points(20).tolist()
+    boot, student = method(num_ddim_timesteps=20), ToldAffine(points, by_end=True).double()
+    denoiser = gaussian_denoiser(student=student)
+    batch, ctx = batch_of(80, 1), context(denoiser, 80, {"pair": torch.arange(20).repeat(4)})
+    settle(lambda: sum(boot.student_loss(batch, ctx).values()), denoiser.roles.parameters("student"), len(points))
+    z = f64([-1.0, 2.0])
+    alpha, sigma = levels(999)
+    first = MU + alpha * S / (alpha**2 * S + sigma**2) * (z - alpha * MU)
+    for index in points:
+        a, s = levels(index)
+        expected = (mapped(product_map(points), alpha * first + sigma * z, 999, index) - s * z) / a
+        with torch.no_grad():
+            t = torch.full((2,), float(index))
+            found = boot.point(z[:, None, None, None], t, batch_of(2, 1), context(denoiser, 2)).flatten()
+        torch.testing.assert_close(found, expected, rtol=0, atol=1e-7)
 
 
 def test_the_grid_goes_from_the_last_index_to_the_clean_end():

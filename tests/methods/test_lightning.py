@@ -9,8 +9,9 @@ import math
 
 import pytest
 import torch
-from method_helpers import SD, batch_of, context, denoiser_of, spatial
+from method_helpers import SD, batch_of, context, denoiser_of, f64, spatial
 from straight_helpers import KINDS, LAW, Free, PairData, noise
+from trajectory_helpers import MU, factor, gaussian_denoiser, levels
 
 from fastdiff.diffusion import jump, teacher_times
 from fastdiff.engine import Settings, Trainer
@@ -254,6 +255,61 @@ def test_extra_times_lead_to_the_end_of_their_step_by_the_teachers_grid():
     further = [[749, 749, 499], [600, 600, 499], [249, 249, -1]]
     assert found.tolist() == steps.tolist() + further
     assert with_extra_starts(steps, ()).tolist() == steps.tolist()
+
+
+def line(x: torch.Tensor, y: torch.Tensor) -> tuple[float, float]:
+    """(slope, offset) of an affine map from two of its values."""
+    slope = ((y[1] - y[0]) / (x[1] - x[0])).item()
+    return slope, (y[0] - slope * x[0]).item()
+
+
+class Oracle(Lightning):
+    """Judges by the exact logarithm of the ratio of the laws of both ends, in one dimension, from plain noise."""
+
+    def transition(self, batch, ctx):
+        step = super().transition(batch, ctx)
+        self.maps = [line(step.start.x_t, end.detach()) for end in (step.real, step.fake)]
+        return step
+
+    def logits(self, ends, start, cond, ctx):
+        return [(self._log_density(end, start, 0) - self._log_density(end, start, 1)).flatten(1) for end in ends]
+
+    def _log_density(self, end: Noisy, start: Noisy, which: int) -> torch.Tensor:
+        (slope, offset), (alpha, sigma) = self.maps[which], levels(end.t)
+        seen = self.config.objective == "conditional"
+        mean = offset + slope * start.x_t if seen else torch.full_like(end.x_t, offset)
+        variance = sigma**2 + (0 if seen else (alpha * slope) ** 2)
+        alpha, variance = (value[:, None, None, None] for value in (alpha, variance))
+        return -((end.x_t - alpha * mean) ** 2) / (2 * variance) - variance.log() / 2
+
+
+@pytest.mark.parametrize(
+    ("objective", "share", "rests"),
+    [
+        ("unconditional", 1.0, True),
+        ("unconditional", -1.0, True),
+        ("unconditional", 0.5, False),
+        ("unconditional", -0.5, False),
+        ("conditional", 1.0, True),
+        ("conditional", -1.0, False),
+    ],
+)
+def test_a_mirrored_step_is_as_good_to_the_unconditional_critic_alone(objective, share, rests):
+    """The law of the end is that of the teacher at both slopes +-a; the transition is at +a only."""
+    slope = factor(999, 499) * factor(499, -1)
+    offset = MU - slope * levels(999)[0].item() * MU
+    student = Free(f64([[share * slope]]), f64([offset]))
+    denoiser = gaussian_denoiser(student=student)
+    config = LightningConfig(num_inference_steps=1, teacher_steps=2, objective=objective, renoise_timesteps=(100,))
+    lightning = Oracle(config)
+    batch, ctx = batch_of(2048, 1, torch.zeros(2048, 1, 1, 1).double()), context(denoiser, 2048)
+    loss = lightning.student_loss(batch, ctx)["gan"]
+    (gradient,) = torch.autograd.grad(loss, [student.slope])
+    critic = lightning.critic_loss(batch, ctx)["discriminator"].item()
+    assert (abs(gradient.item()) < 1e-12) == rests
+    assert (abs(critic - 2 * math.log(2)) < 1e-12) == rests and (critic < 2 * math.log(2) - 1e-3) != rests
+    if objective == "unconditional" and not rests:
+        assert gradient.item() * share < 0  # away from zero, on either side
 
 
 # Stages and training

@@ -7,8 +7,9 @@ import math
 
 import pytest
 import torch
-from method_helpers import SD, LabelledGaussians, batch_of, context, denoiser_of, f64, spatial
+from method_helpers import SD, LabelledGaussians, batch_of, context, denoiser_of, f64, settle, spatial
 from straight_helpers import FLOW, KINDS, LAW, Free, LinearNetwork, noise, pairs, stock_samples
+from trajectory_helpers import gaussian_denoiser, jumps, mapped, product_map, student_loss
 
 from fastdiff.diffusion import Gaussian, Prediction, Terminal, solve, teacher_times
 from fastdiff.engine import Settings, Trainer
@@ -16,6 +17,7 @@ from fastdiff.methods._straight import level_of, line_through
 from fastdiff.methods.perflow import PeRFlow, PeRFlowConfig
 from fastdiff.methods.rectified_flow import RectifiedFlow, RectifiedFlowConfig
 from fastdiff.models.analytic import AnalyticTeacher, ExactNetwork
+from fastdiff.models.analytic_networks import AffinePerBin
 from fastdiff.models.teacher import Teacher
 
 ROWS = 40
@@ -83,6 +85,22 @@ def test_the_loss_is_zero_at_the_exact_window_maps(case, windows):
     assert loss(perflow, student, noise(ROWS), case, everywhere()) < (1e-11 if kind == "flow" else 1e-18)
     other = WindowNetwork(LAW, windows, 1, schedule, kind)
     assert loss(perflow, other, noise(ROWS), case, everywhere()) > 1e-7
+
+
+def test_an_affine_student_per_time_learns_the_line_to_each_windows_edge():
+    """From a window's start and from its middle, which lies on the line through both ends."""
+    starts = [249, 499, 749, 999]
+    times = sorted([*starts, *(start - 125 for start in starts)])
+    denoiser = gaussian_denoiser(student=AffinePerBin(1, times).double())
+    draws, perflow = {"t": torch.tensor(times * 5)}, method()
+    settle(lambda: student_loss(perflow, denoiser, 40, draws)["perflow"], denoiser.roles.parameters("student"))
+    x = f64([-1.0, 2.0])
+    for start in starts:
+        edge, middle = start - 250, start - 125
+        expected = mapped(product_map(list(range(edge, start + 1, 50))), x, start, edge)
+        torch.testing.assert_close(jumps(denoiser, x, start, edge), expected, rtol=0, atol=1e-8)
+        halfway = jumps(denoiser, x, start, middle)
+        torch.testing.assert_close(jumps(denoiser, halfway, middle, edge), expected, rtol=0, atol=1e-8)
 
 
 @pytest.mark.parametrize("case", KINDS)

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import copy
+from functools import partial
+
 import pytest
 import torch
-from method_helpers import SD, batch_of, context
+from method_helpers import SD, batch_of, context, f64, settle
 from trajectory_helpers import (
     FLOW,
     KINDS,
@@ -13,7 +16,9 @@ from trajectory_helpers import (
     factor,
     gaussian_denoiser,
     images,
+    jumps,
     levels,
+    mapped,
     product_map,
     settings,
     student_loss,
@@ -24,6 +29,7 @@ from fastdiff.engine import Trainer
 from fastdiff.methods import Progressive, ProgressiveConfig
 from fastdiff.methods.progressive import implied_clean, stage_steps
 from fastdiff.models.analytic import ExactNetwork
+from fastdiff.models.analytic_networks import AffinePerBin
 from fastdiff.models.teacher import Teacher
 from fastdiff.recipes.starting import start_from
 
@@ -121,6 +127,23 @@ def test_stages_multiply_to_the_finest_teachers_steps(schedule):
     assert ((last[1] - last[0]) / 3).item() == pytest.approx(golden, abs=1e-12 if schedule is SD else 1e-6)
     whole = factor(999, -1, schedule)
     assert abs(golden - whole) > 0.1  # one step of the teacher itself is far off
+
+
+def test_affine_students_that_learn_one_from_another_end_at_the_product_of_the_first_teachers_steps():
+    """4 steps of 2, then 2, then 1, each learned; eight DDIM steps in one."""
+    previous = None
+    for steps in (4, 2, 1):
+        stage = {"stage_teacher": "previous" if previous else "teacher"}
+        starts = sorted(stage_steps(ProgressiveConfig(num_inference_steps=steps))[:, 0].tolist())
+        roles = {"student": AffinePerBin(1, starts).double()} | ({"previous": previous} if previous else {})
+        denoiser, one = gaussian_denoiser(**roles), method(num_inference_steps=steps, **stage)
+        draws = {"step": torch.arange(steps).repeat(4)}
+        learn = partial(student_loss, one, denoiser, 4 * steps, draws)
+        settle(lambda learn=learn: learn()["progressive"], denoiser.roles.parameters("student"))
+        previous = copy.deepcopy(denoiser.roles.network("student")).requires_grad_(False)
+    x = f64([-1.0, 2.0])
+    found = jumps(denoiser, x, 999, -1)
+    torch.testing.assert_close(found, mapped(product_map([-1, *range(124, 1000, 125)]), x, 999, -1), rtol=0, atol=1e-8)
 
 
 def test_the_first_stage_alone_is_guided():

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from method_helpers import SD, context, denoiser_of, f64, spatial
+from method_helpers import SD, context, denoiser_of, f64, settle, spatial
 from straight_helpers import FLOW, KINDS, LAW, A, Free, PairData, StraightNetwork, noise, pairs, stock_samples
 
 from fastdiff.diffusion import (
@@ -24,6 +24,7 @@ from fastdiff.methods.kd import KD, KDConfig
 from fastdiff.methods.rectified_flow import RectifiedFlow, RectifiedFlowConfig
 from fastdiff.methods.rfpp import RFPP, RFPPConfig
 from fastdiff.models.analytic import AnalyticTeacher, ExactNetwork
+from fastdiff.models.analytic_networks import AffinePerBin
 from fastdiff.models.sampler import SamplerSpec
 from fastdiff.models.teacher import Teacher
 
@@ -73,6 +74,23 @@ def test_the_straight_velocity_of_a_flow_is_the_closed_form():
         closed = -LAW.mean + (eye - A) @ inverse @ (x[row] - (1 - t[row]) * LAW.mean)
         torch.testing.assert_close(found[row], closed, rtol=0, atol=1e-12)
     torch.testing.assert_close(found, z - coupled(z), rtol=0, atol=1e-12)
+
+
+def test_an_affine_student_per_time_learns_the_straight_velocity():
+    """v = -mu + (I - A) [(1 - t) A + t I]^-1 (x - (1 - t) mu) at each time that is trained."""
+    t = f64([0.1, 0.4, 0.7, 0.95])
+    student, z = AffinePerBin(2, (1000 * t).tolist()).double(), noise(40)
+    denoiser = denoiser_of(ExactNetwork(LAW, FLOW, "flow"), FLOW, "flow", student=student)
+    method, ctx = RectifiedFlow(RectifiedFlowConfig()), context(denoiser, 40, {"t": t.repeat(10)})
+    settle(lambda: method.student_loss(pairs(z, coupled(z)), ctx)["reflow"], denoiser.roles.parameters("student"))
+    eye, x = torch.eye(2).double(), noise(5, seed=3)
+    network = denoiser.roles.network("student")
+    for time in t:
+        inverse = torch.linalg.inv((1 - time) * A + time * eye)
+        closed = -LAW.mean + (x - (1 - time) * LAW.mean) @ ((eye - A) @ inverse).T
+        with torch.no_grad():
+            found = network(spatial(x), torch.full((5,), 1000 * time.item()), torch.zeros(5)).flatten(1)
+        torch.testing.assert_close(found, closed, rtol=0, atol=1e-8)
 
 
 def test_pairs_of_an_inexact_teacher_have_its_own_matrix():

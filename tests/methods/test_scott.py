@@ -21,6 +21,7 @@ from trajectory_helpers import (
     gaussian_denoiser,
     images,
     levels,
+    orders,
     settings,
     student_loss,
 )
@@ -141,13 +142,16 @@ def test_sub_steps_share_out_a_pair_in_whole_indices():
 
 
 def test_sub_steps_agree_to_second_order_without_noise():
-    losses = {}
-    for steps in (1, 3):
-        denoiser = gaussian_denoiser(FLOW, student=optimum(grid_points(10).tolist(), 0.0, FLOW))
-        losses[steps] = student_loss(method(noise_strength=0.0, solver_steps=steps), denoiser, 64)[
-            "consistency"
-        ].item()
-    assert losses[1] < 1e-13 and 1e-9 < losses[3] < 1e-3
+    """The optimum of one step a pair, judged by five of a fifth of it, from one index on ever finer grids."""
+    losses = {1: [], 5: []}
+    for points in (5, 10, 20, 40):
+        denoiser = gaussian_denoiser(FLOW, student=optimum(grid_points(points).tolist(), 0.0, FLOW))
+        draws = {"pair": torch.full((64,), 8 * points // 10 - 1)}
+        for steps, found in losses.items():
+            one = method(noise_strength=0.0, num_ddim_timesteps=points, solver_steps=steps)
+            found.append(student_loss(one, denoiser, 64, draws)["consistency"].item())
+    assert max(losses[1]) < 1e-12
+    assert orders(losses[5])[-1] == pytest.approx(2, abs=0.1), orders(losses[5])
 
 
 # Optimum
@@ -171,6 +175,24 @@ def test_loss_at_the_optimum_is_the_noise_that_it_cannot_know(schedule, eta):
         "consistency"
     ].item()
     assert silent < (1e-20 if schedule is SD else 1e-13)
+
+
+@pytest.mark.parametrize("solver", ["ddim", "er_sde"])
+@pytest.mark.parametrize(("points", "steps"), [(1, 1), (5, 1), (5, 4), (40, 1)])
+def test_with_full_noise_the_optimum_is_the_teachers_own_denoiser_on_any_grid(solver, points, steps):
+    """(S + kappa_s^2) / (S + kappa_t^2) a step: over any steps to the clean end that is the posterior mean's slope."""
+    draws = {"pair": torch.arange(points).repeat(4)} | {
+        f"solver/{n}": torch.zeros(4 * points, 1, 1, 1) for n in range(steps)
+    }
+    denoiser = gaussian_denoiser(FLOW, student=ExactNetwork(LAW, FLOW, "flow"))
+    found = {}
+    for eta in (0.5, 1.0):
+        one = method(noise_strength=eta, sde_solver=solver, num_ddim_timesteps=points, solver_steps=steps)
+        found[eta] = student_loss(one, denoiser, 4 * points, draws)["consistency"].item()
+    assert found[1.0] < 1e-13
+    assert (found[0.5] > 1e-6) == (
+        points * steps > 1
+    )  # one step is the denoiser's clean prediction, whatever the noise
 
 
 def test_variance_of_one_step_samples_falls_with_the_noise():

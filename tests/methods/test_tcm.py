@@ -8,14 +8,16 @@ import math
 import pytest
 import torch
 from flow_map_helpers import LAW, PROCESSES, ConsistencyNetwork, Latents, sd_batch, settings, teacher_network
-from method_helpers import SD, batch_of, context, denoiser_of, f64, spatial
+from method_helpers import SD, CleanMap, batch_of, context, denoiser_of, f64, settle, spatial
 from torch import nn
+from trajectory_helpers import FLOW, MU, S, data, gaussian_denoiser
 
 from fastdiff.diffusion import FlowSchedule
 from fastdiff.engine import Trainer
 from fastdiff.engine.networks import build_networks
 from fastdiff.methods.tcm import TCM, TCMConfig, heavy_tailed
 from fastdiff.models.analytic import AnalyticTeacher
+from fastdiff.models.analytic_networks import AffinePerBin
 from fastdiff.models.teacher import Teacher
 
 
@@ -37,6 +39,19 @@ def test_steps_shorten_with_every_stage_and_with_noise():
     kappa = torch.linspace(0.05, 80, 200, dtype=torch.float64)
     shares = torch.stack([method(step_stage=a, longest_kept=0.9999).kept(kappa) for a in range(6)])
     assert (shares.diff(dim=0) >= 0).all() and (shares.diff(dim=1) >= 0).all()
+
+
+@pytest.mark.parametrize(
+    ("stage", "golden"), [(0, 0.426), (1, 0.507), (2, 0.614), (3, 0.660), (5, 0.690), (7, 0.698), (9, 0.699)]
+)
+def test_early_stages_lose_variance_that_later_ones_keep(stage, golden):
+    """Deviation of one-step samples from sigma 80 at the optimum, of data of deviation 0.7, in steps for q = 2."""
+    tcm = method(step_base=2.0, step_stage=stage, longest_kept=0.9999)
+    kappa, slope = f64(80.0), 1.0
+    while kappa > 1e-4:
+        end = kappa * tcm.kept(kappa)
+        kappa, slope = end, slope * ((0.49 + end * kappa) / (0.49 + kappa**2)).item()
+    assert slope * (80**2 + 0.49) ** 0.5 == pytest.approx(golden, abs=6e-4)
 
 
 def test_one_index_of_stable_diffusion_has_as_much_noise_as_signal():
@@ -98,6 +113,21 @@ def test_the_first_stage_serves_below_the_truncation_and_the_student_above():
     assert (r < t).all() and ((r >= low) == torch.tensor([False, False, True, True])).all()
 
 
+def test_steps_that_keep_no_noise_regress_the_teachers_clean_prediction():
+    """In stage 0 with q = 2 up to kappa = ln 7; there the loss is denoising, whoever serves below the truncation."""
+    schedule, kind, *_ = PROCESSES["flow"]
+    denoiser = denoiser_of(teacher_network("flow"), schedule, kind, student=Constant(1.0), first_stage=Constant(-1.0))
+    tcm, t = (
+        method(step_base=2.0, step_stage=0, truncation_index=0),
+        schedule.time_of_kappa(f64([0.1, 1.0, 1.94, 1.95])),
+    )
+    x_t, batch, ctx = torch.randn(4, 2, 1, 1, dtype=torch.float64), batch_of(4, 2), context(denoiser, 4)
+    clean = denoiser(x_t, t, batch.cond, "teacher").x0
+    gap = (tcm.target(x_t, t, batch, ctx) - clean).flatten(1).norm(dim=1)
+    assert tcm.next_time(t, schedule)[:3].tolist() == [0, 0, 0]
+    assert gap[:3].max() < 1e-12 < 1e-4 < gap[3]
+
+
 @pytest.mark.parametrize("process", ["epsilon", "flow"])
 def test_a_step_that_keeps_no_noise_ends_in_the_teachers_clean_prediction(process):
     """With q = 2 and a = 0 the step from kappa = 0.9 arrives; a table's first index, short of it, asks the networks."""
@@ -125,6 +155,34 @@ def test_at_the_exact_consistency_function_the_step_errs_at_second_order(process
         errors.append((target - denoiser(x_t, t, batch.cond, "student").x0).norm().item())
     orders = [math.log2(a / b) for a, b in itertools.pairwise(errors)]
     assert orders == pytest.approx([2, 2], abs=0.25)
+
+
+class Exact(CleanMap):
+    """The consistency function of N(MU, S)."""
+
+    def x0(self, x, time, labels):
+        level = time.double()[:, None] / 1000
+        return MU + (S / ((1 - level) ** 2 * S + level**2)).sqrt() * (x - (1 - level) * MU)
+
+
+def test_an_affine_student_per_time_learns_the_steps_above_the_truncation_and_the_first_stage_below(monkeypatch):
+    """Times at which every step ends where the next begins; the last ends below the truncation, at the exact map."""
+    low, kept = FLOW.kappa(FLOW.time_of_index(354)).item(), 0.8
+    kappa = low * kept ** -(torch.arange(6).double() + 0.5)
+    ends, t = kappa * kept, kappa / (1 + kappa)
+    tcm = method(step_stage=30, longest_kept=kept, huber_c=1e3)  # so wide that squares are what it sees
+    monkeypatch.setattr(tcm, "times", lambda batch, ctx: (torch.zeros(24, dtype=torch.bool), t.repeat(4)))
+    student = AffinePerBin(1, (1000 * t).tolist()).double()
+    denoiser = gaussian_denoiser(FLOW, student=student, first_stage=Exact(FLOW, "flow"))
+    batch, ctx = batch_of(24, 1, data(24)), context(denoiser, 24)
+    settle(lambda: tcm.student_loss(batch, ctx)["consistency"], denoiser.roles.parameters("student"), 8)
+    x, slope = f64([-1.0, 2.0]), (S / (S + ends[0] ** 2)).sqrt() * (1 + ends[0])
+    for k in range(6):
+        a_t, a_s = 1 / (1 + kappa[k]), 1 / (1 + ends[k])
+        slope = slope * a_s / a_t * (S + ends[k] * kappa[k]) / (S + kappa[k] ** 2)  # one more DDIM step
+        with torch.no_grad():
+            found = denoiser(spatial(x[:, None]), t[k].expand(2), batch.cond[:2], "student").x0.flatten()
+        torch.testing.assert_close(found, MU + slope * (x - a_t * MU), rtol=0, atol=1e-6)
 
 
 def test_the_loss_is_the_two_averages():

@@ -11,9 +11,10 @@ from method_helpers import SD, batch_of, context, denoiser_of, f64
 from torch import Tensor, nn
 
 from fastdiff.data.rejects import Rejects
-from fastdiff.diffusion import FlowSchedule, Gaussian, NoiseSchedule, Prediction
+from fastdiff.diffusion import FlowSchedule, Gaussian, NoiseSchedule, Prediction, jump
 from fastdiff.engine import Settings
 from fastdiff.models.analytic import ExactNetwork
+from fastdiff.models.analytic_networks import AffinePerBin
 from fastdiff.models.denoiser import Denoiser
 
 MU, S = 1.3, 0.49
@@ -159,3 +160,27 @@ def coefficients(make: Callable[[Tensor, list[Tensor]], Tensor], draws: int) -> 
     constant = out[0].item()
     slope, *noise = (out[1:] - constant).tolist()
     return slope, noise, constant
+
+
+class ToldAffine(AffinePerBin):
+    """Affine at each network time, or for each told end; what else it is told changes nothing."""
+
+    def __init__(self, times: list[float], by_end: bool = False) -> None:
+        super().__init__(1, times)
+        self.by_end = by_end
+
+    def forward(self, x_t: Tensor, time: Tensor, labels: Tensor, timestep_cond: Tensor | None = None) -> Tensor:
+        return super().forward(x_t, told(timestep_cond) if self.by_end else time, labels)
+
+
+def jumps(denoiser: Denoiser, x: Tensor, t: int, s: int, **inputs: Tensor) -> Tensor:
+    """`(B,)` where the student jumps to from `x` `(B,)`, between whole indices."""
+    start, end = (denoiser.schedule.time_of_index(torch.full((len(x),), float(index))) for index in (t, s))
+    cond = batch_of(len(x), 1).cond
+    with torch.no_grad():
+        return jump(denoiser(x[:, None, None, None], start, cond, "student", **inputs), end).flatten()
+
+
+def mapped(f: Map, x: Tensor, t: int, s: int) -> Tensor:
+    """`(B,)` where a map between whole indices takes `x` `(B,)`."""
+    return f(x[:, None], *(torch.full((len(x), 1), float(index)) for index in (t, s)))[:, 0]

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import copy
+import itertools
+import math
 import warnings
 
 import pytest
 import torch
+from tiny_transformers import build
 from torch import nn
 
 from fastdiff.diffusion import FlowSchedule, Gaussian, VPSchedule, pf_velocity
@@ -63,6 +66,21 @@ def test_along_the_trajectory_the_velocity_changes_as_the_exact_flow_says(schedu
         denoiser, LABELS, "teacher", Point(x, t), Point(speed, torch.ones_like(t)), lambda p: p.v
     )
     assert distance(difference.derivative, found.derivative) < 1e-3
+
+
+def test_differences_err_with_the_square_of_their_step(monkeypatch):
+    schedule = FlowSchedule()
+    denoiser = analytic(ExactNetwork(LAW, schedule, "flow"), schedule, "flow")
+    x, t = normal(4, 2, 1, 1), torch.tensor([0.2, 0.4, 0.6, 0.8], dtype=torch.float64)
+    at, along = Point(x, t), Point(normal(4, 2, 1, 1, seed=1), torch.ones_like(t))
+    forward, errors = Tangents("forward")(denoiser, LABELS, "teacher", at, along), []
+    for halvings in range(4):
+        monkeypatch.setattr("fastdiff.models.tangents.TIME_STEP", 8 / 2**halvings)
+        monkeypatch.setattr("fastdiff.models.tangents.SAMPLE_STEP", 0.03 / 2**halvings)
+        found = Tangents("difference")(denoiser, LABELS, "teacher", at, along)
+        errors.append((found.derivative - forward.derivative).norm().item())
+    slopes = [math.log2(a / b) for a, b in itertools.pairwise(errors)]
+    assert slopes == pytest.approx([2] * 3, abs=0.15)
 
 
 def unet(pipeline_unet: nn.Module, student: str) -> Denoiser:
@@ -122,6 +140,22 @@ def test_both_routes_agree_on_the_shipped_teacher_also_when_training_in_half_pre
     assert rounded[0].derivative.dtype == torch.float32
     assert distance(rounded[1].derivative, rounded[0].derivative) < 0.01
     assert denoiser.compute_dtype == torch.bfloat16
+
+
+def test_both_routes_agree_on_a_transformer():
+    """Joint attention, modulation by time, root-mean-square norms; fed 1000 t."""
+    pipeline = build("stable_diffusion_3")
+    network = Teacher(pipeline, "tiny")
+    denoiser = Denoiser(Roles(network.network, {}), network.family, network.schedule_at(32), "flow")
+    cond, generator = network.encode(["a", "red apple"], 32), torch.Generator().manual_seed(1)
+    x, dx = torch.randn(2, 2, 4, 16, 16, generator=generator)
+    at, along = Point(x, torch.tensor([0.3, 0.9])), Point(dx, torch.full((2,), 0.16))
+    forward, difference, still = (
+        Tangents(route)(denoiser, cond, "teacher", at, direction)
+        for route, direction in (("forward", along), ("difference", along), ("forward", Point(dx, None)))
+    )
+    assert distance(difference.derivative, forward.derivative) < 0.01
+    assert distance(still.derivative, forward.derivative) > 0.02  # the time's part is seen
 
 
 def test_a_further_time_moves_alone():
