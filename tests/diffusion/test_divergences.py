@@ -1,4 +1,4 @@
-"""Weights of f-divergences against autograd of f, and the identities between them."""
+"""Weights of f-divergences against autograd of f, the identities between them, and their values between Gaussians."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import math
 import pytest
 import torch
 
+from fastdiff.diffusion import FlowSchedule, Gaussian, TrigSchedule, VPSchedule
 from fastdiff.diffusion.divergences import DIVERGENCES, divergence_named, power_divergence
 
 PHI = torch.linspace(-6, 6, 97, dtype=torch.float64)
@@ -97,3 +98,87 @@ def test_powers_contain_the_named_ones():
 def test_unknown_names_are_refused():
     with pytest.raises(ValueError, match="soft_rkl"):
         divergence_named("kl")
+
+
+# Between Gaussians
+
+
+def f64(value):
+    return torch.tensor(value, dtype=torch.float64)
+
+
+def gaussian(mean, variance):
+    return Gaussian(f64([mean]), f64([[variance]]))
+
+
+def student_of(scale):
+    return gaussian(-0.2, scale**2)
+
+
+TEACHER = gaussian(0.7, 0.64)
+LEVELS = {  # a process, the time at which it has the levels alpha 0.6 and sigma 0.4 or 0.8, and the student's scale
+    "I": (FlowSchedule(), 0.4, 1.1),
+    "II": (TrigSchedule(), math.asin(0.8), 1.3),
+}
+VALUES = {  # D_f = E_q[f(r)] and E_q[h(r) (s_p - s_q)^2], by adaptive quadrature of f and h written out in 30 digits
+    "I": {
+        "rkl": (0.4250717687, 2.3770862084),
+        "soft_rkl": (0.2716566255, 1.7434091100),
+        "js": (0.1534151432, 0.6336770983),
+        "sq_hellinger": (0.0814917474, 0.3598432871),
+        "fkl": (0.2837306237, 1.1260553313),
+        "jeffreys": (0.7088023924, 3.5031415396),
+        "soft_fkl": (0.1303154805, 0.4923782330),
+    },
+    "II": {
+        "rkl": (0.2043181681, 0.5359764505),
+        "soft_rkl": (0.1243947193, 0.3673419157),
+        "js": (0.0799234489, 0.1686345348),
+        "sq_hellinger": (0.0416023855, 0.0919917104),
+        "fkl": (0.1457282737, 0.2924339164),
+        "jeffreys": (0.3500464418, 0.8284103669),
+        "soft_fkl": (0.0658048248, 0.1237993816),
+    },
+}
+
+
+def expectations(one, student, t, schedule):
+    """E_q[f(r)] and E_q[h(r) (s_p - s_q)^2] of the noised laws by the trapezoidal rule, exact far below rounding."""
+    x, t = torch.arange(-12, 12.01, 0.02, dtype=torch.float64)[:, None], f64(t)
+    phi = TEACHER.log_prob(x, t, schedule) - student.log_prob(x, t, schedule)
+    weights = 0.02 * student.log_prob(x, t, schedule).exp()
+    gap = (TEACHER.score(x, t, schedule) - student.score(x, t, schedule)).squeeze(1)
+    return (weights * one.f(phi.exp())).sum().item(), (weights * one.h(phi) * gap.square()).sum().item()
+
+
+@pytest.mark.parametrize("name", VALUES["I"])
+@pytest.mark.parametrize("scenario", LEVELS)
+def test_golden_values_of_divergences_and_of_their_integrands(scenario, name):
+    schedule, t, scale = LEVELS[scenario]
+    found = expectations(divergence_named(name), student_of(scale), t, schedule)
+    assert found == pytest.approx(VALUES[scenario][name], abs=2e-10)
+
+
+SD = VPSchedule.from_scheduler_config(
+    {"num_train_timesteps": 1000, "beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
+)
+
+
+def slope(function, t, step):
+    """A central difference."""
+    return (function(t + step) - function(t - step)) / (2 * step)
+
+
+@pytest.mark.parametrize("one", EVERY, ids=lambda one: one.name)
+@pytest.mark.parametrize(
+    ("schedule", "times", "step"), [(FlowSchedule(), (0.3, 0.5, 0.8), 1e-4), (SD, (250.5, 500.5, 800.5), 0.01)]
+)
+def test_a_divergence_falls_along_the_diffusion_as_its_fisher_divergence_says(schedule, times, step, one):
+    """dD_f/dt = -g^2/2 E_q[h(r) (s_p - s_q)^2], which Uni-Instruct integrates; g^2 is 2 t/(1 - t) or beta(t)."""
+    student = student_of(1.1)
+    for t in times:
+        rate = -2 * slope(lambda at: schedule.alpha(f64(at)).log().item(), t, step)
+        diffusion = rate if schedule is SD else 2 * t / (1 - t)
+        fisher = expectations(one, student, t, schedule)[1]
+        falls = slope(lambda at: expectations(one, student, at, schedule)[0], t, step)
+        assert falls == pytest.approx(-diffusion / 2 * fisher, rel=1e-5), t

@@ -180,6 +180,7 @@ def test_a_mode_counts_when_samples_land_in_it():
 
 
 @pytest.mark.slow
-def test_reverse_kl_drops_modes_where_js_keeps_them():
-    kept = {name: modes_picture.counted(modes_picture.trained(name, 200, 0))["modes_kept"] for name in ("rkl", "js")}
-    assert kept == {"rkl": 2, "js": 4}
+def test_reverse_kl_drops_modes_where_js_and_forward_kl_keep_them():
+    names = ("rkl", "js", "fkl")
+    kept = {name: modes_picture.counted(modes_picture.trained(name, 200, 0))["modes_kept"] for name in names}
+    assert kept == {"rkl": 2, "js": 4, "fkl": 4}

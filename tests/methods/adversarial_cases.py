@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from fastdiff.data.source import PromptData
 from fastdiff.diffusion import Gaussian
-from fastdiff.engine import Settings, Trainer
+from fastdiff.engine import Settings, Trainer, chosen_data
 from fastdiff.models.analytic import ExactNetwork
 from fastdiff.models.teacher import Teacher
 
@@ -113,8 +113,8 @@ class Pictures(PromptData):
         return super().__getitem__(index) | {"latents": latents}
 
 
-def tiny_trainer(method, pipeline, folder, **settings) -> Trainer:
-    """A run of few steps on a tiny pipeline, with pictures."""
+def tiny_trainer(method, pipeline, folder, data: type[PromptData] = Pictures, **settings) -> Trainer:
+    """A run of few steps on a tiny pipeline, with pictures unless `data` says otherwise."""
     defaults = {
         "output_dir": str(folder),
         "max_train_steps": 3,
@@ -127,8 +127,9 @@ def tiny_trainer(method, pipeline, folder, **settings) -> Trainer:
         "checkpointing_steps": 1000,
         "validation_steps": 1000,
     }
-    data = Pictures(("a red apple", "a dog", "blue cat", "one house"))
-    return Trainer(method, Teacher(pipeline, "tiny"), data, Settings(**(defaults | settings)))
+    given, teacher = Settings(**(defaults | settings)), Teacher(pipeline, "tiny")
+    prompts = data(("a red apple", "a dog", "blue cat", "one house"))
+    return Trainer(method, teacher, chosen_data(method, prompts, teacher, given), given)
 
 
 def weights_of(trainer: Trainer) -> dict[str, Tensor]:
