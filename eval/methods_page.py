@@ -21,7 +21,7 @@ PAGE = ROOT / "docs" / "methods.md"
 HEAD = """# Methods
 
 Made by `python eval/methods_page.py`; do not edit. `fastdiff distill --method NAME --help` explains every option, and
-the equation stands in the docstring of `src/fastdiff/methods/`. "needs" is what the data must hold at the least; "LoRA"
+the equation stands in the docstring of `src/fastdiff/methods/`. "needs" is what the data must hold with the default settings; "LoRA"
 and "full" are the kinds of student. Methods of scores also make several students that share the prompts (`students`)
 and, like those on pairs, smaller ones (`student_width` and the like). "embedded teacher" is the
 best of the scores below, as a mean over seeds.
@@ -116,7 +116,7 @@ def _line(info: dict, recipes: list[Path], board: list[Entry]) -> str:
     kinds = ", ".join("LoRA" if kind == "lora" else kind for kind in info["student_kinds"])
     links = ", ".join(f"[{path.parent.name}/{path.stem}](../{path.relative_to(ROOT).as_posix()})" for path in recipes)
     paper = f"[{info['paper']}](https://arxiv.org/abs/{info['arxiv']})"
-    cells = [f"`{info['name']}`", paper, ", ".join(info["needs"]), kinds, info["steps"], links]
+    cells = [f"`{info['name']}`", paper, info["needs"], kinds, info["steps"], links]
     cells.append(_best([entry for entry in board if entry.method == info["name"]]))
     return "| " + " | ".join(cells) + " |"
 

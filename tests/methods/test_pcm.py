@@ -64,8 +64,8 @@ def test_grid_of_the_paper_that_does_not_fit_is_refused_with_a_remedy():
     with pytest.raises(ValueError, match=r"num_phases 4 .* 50, .* 40"):
         method(num_ddim_timesteps=50)
     assert method(num_ddim_timesteps=50, num_phases=2).sampler().timesteps == (999, 499)
-    with pytest.raises(ValueError, match="empty_prompt_share"):
-        method(empty_prompt_share=1.5)
+    with pytest.raises(ValueError, match="prompt_dropout"):
+        method(prompt_dropout=1.5)
 
 
 @SCHEDULES
@@ -286,7 +286,7 @@ def test_some_captions_are_left_out_for_student_and_teacher_alike():
     denoiser = denoiser_of(teacher, student=student)
     batch = batch_of(4, 1, data(4))
     draws = {"empty_prompt": torch.tensor([True, False, True, False])}
-    method(empty_prompt_share=0.5).student_loss(batch, context(denoiser, 4, draws))
+    method(prompt_dropout=0.5).student_loss(batch, context(denoiser, 4, draws))
     assert student.seen == [[-1, 0, -1, 0]] * 2 and teacher.seen == [[-1, 0, -1, 0]]
     assert batch.cond.tensors["labels"].tolist() == [0] * 4
 

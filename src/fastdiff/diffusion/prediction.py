@@ -117,6 +117,10 @@ class Prediction:
     def _weights(self) -> tuple[Tensor | float, Tensor | float]:
         return _weights(self.kind, *self.levels)
 
+    def target(self, x0: Tensor, eps: Tensor) -> Tensor:
+        """What this output is regressed on where its input was made of `x0` and `eps`; float32 or better."""
+        return prediction_target(self.kind, self.schedule, x0, eps, self.t)
+
     @cached_property
     def _determinant(self) -> Tensor:
         (alpha, sigma), (a, b) = self.levels, self._weights

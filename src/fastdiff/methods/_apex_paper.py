@@ -6,18 +6,17 @@ import torch
 from torch import Tensor
 
 from fastdiff.diffusion.losses import mse
+from fastdiff.diffusion.schedules import LAST_INDEX
 from fastdiff.methods._flow_map import noise_share, time_of_share
 from fastdiff.methods.base import Batch, Context, time_at
 from fastdiff.models.conditioning import Conditioning
-
-LAST = 999
 
 
 def paper_losses(batch: Batch, ctx: Context, scale: float, bias: float, mix: float) -> dict[str, Tensor]:
     """Denoising of one-step samples under the shifted condition, and the mixed regression."""
     schedule = ctx.denoiser.schedule
     x0, eps = batch.images(), ctx.random.normal("eps", batch.latent_shape)
-    last = time_at(LAST, x0, schedule)
+    last = time_at(LAST_INDEX, x0, schedule)
     t = time_of_share(schedule, noise_share(schedule, last) * ctx.random.uniform("t")).clamp_min(schedule.t_min)
     x_t, elsewhere = schedule.add_noise(x0, eps, t), shifted(batch.cond, scale, bias)
     student = ctx.denoiser(x_t, t, batch.cond, "student")

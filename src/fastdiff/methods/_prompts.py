@@ -1,4 +1,4 @@
-"""Prompt dropout, for critics that are asked with and without a prompt."""
+"""Prompt dropout: some samples of a batch get the null conditioning."""
 
 from __future__ import annotations
 

@@ -9,7 +9,7 @@ from typing import ClassVar, Literal
 from torch import Tensor
 
 from fastdiff.diffusion.losses import dmd_normaliser, mse, surrogate
-from fastdiff.diffusion.prediction import Prediction, prediction_target
+from fastdiff.diffusion.prediction import Prediction
 from fastdiff.methods._student import MultiStepInput, student_sample
 from fastdiff.methods._students import RoutedStudent, RoutedStudentConfig
 from fastdiff.methods.base import (
@@ -86,7 +86,7 @@ class ScoreGap(RoutedStudent):
 
     def needs(self) -> Need:
         from_data = len(self.config.timesteps) > 1 and self.config.multi_step_input == "noised_data"
-        return "images" if from_data else self.info.needs[0]
+        return "images" if from_data else "prompts"
 
     def updates(self, step: int) -> Iterable[Update]:
         student_turn = step % self.config.student_update_every == 0
@@ -144,8 +144,7 @@ class ScoreGap(RoutedStudent):
         eps = ctx.random.normal("critic/eps", batch.latent_shape)
         x_t = ctx.denoiser.schedule.add_noise(x, eps, t)
         prediction, terms = self.critic_call(x, x_t, t, batch, ctx)
-        target = prediction_target(prediction.kind, prediction.schedule, x, eps, t)
-        return {"denoising": mse(prediction.native, target)} | terms
+        return {"denoising": mse(prediction.native, prediction.target(x, eps))} | terms
 
     def critic_call(
         self, x: Tensor, x_t: Tensor, t: Tensor, batch: Batch, ctx: Context

@@ -10,7 +10,7 @@ from typing import Literal, NamedTuple
 from torch import Tensor, nn
 
 from fastdiff.diffusion.losses import discriminator_softplus, generator_softplus, mse
-from fastdiff.diffusion.prediction import Prediction, prediction_target
+from fastdiff.diffusion.prediction import Prediction
 from fastdiff.diffusion.tensors import compute_dtype
 from fastdiff.methods._adversarial import Adversary, check_discriminator
 from fastdiff.methods._prompts import without_prompts
@@ -175,7 +175,7 @@ class ScoreIdentity(ScoreGap):
 
     def fake_error(self, prediction: Prediction, x: Tensor, eps: Tensor, t: Tensor) -> Tensor:
         """Mean squared error of the fake score, in its own prediction type."""
-        return mse(prediction.native, prediction_target(prediction.kind, prediction.schedule, x, eps, t))
+        return mse(prediction.native, prediction.target(x, eps))
 
     def critic_sample(self, batch: Batch, ctx: Context) -> Tensor:
         """The student's sample without graph, from noise of its own."""

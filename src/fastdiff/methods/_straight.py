@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
@@ -10,13 +9,12 @@ import torch
 from torch import Tensor
 
 from fastdiff.diffusion.losses import sample_huber, sample_mse
-from fastdiff.diffusion.schedules import NoiseSchedule, Terminal
+from fastdiff.diffusion.schedules import LAST_INDEX, NoiseSchedule, Terminal
 from fastdiff.diffusion.tensors import as_times
 from fastdiff.methods._students import SmallStudent, SmallStudentConfig
-from fastdiff.methods.base import Batch, Context, Group, Update, check_not_negative, check_positive, time_at
+from fastdiff.methods.base import Context, check_not_negative, check_positive, time_at
 from fastdiff.models.sampler import SamplerSpec
 
-LAST_INDEX = 999
 MARGIN = 1e-5
 """Distance of noise levels from both ends, where a velocity or a weight may have no limit (arXiv 2405.20320)."""
 
@@ -54,21 +52,11 @@ class Straight(SmallStudent):
 
     config: StraightConfig
 
-    def groups(self) -> dict[str, Group]:
-        return {"student": Group()}
-
     def needs_scorer(self) -> bool:
         return self.config.perceptual_weight > 0
 
-    def updates(self, step: int) -> tuple[Update, ...]:
-        return (Update("student", self.student_loss, ("student",)),)
-
     def sampler(self) -> SamplerSpec:
         return SamplerSpec.trailing("ddim", self.config.num_inference_steps, self.config.start_timestep)
-
-    def student_loss(self, batch: Batch, ctx: Context) -> Mapping[str, Tensor]:
-        """The terms of one micro-batch."""
-        raise AssertionError("a method says")
 
     def start(self, like: Tensor, ctx: Context) -> Tensor:
         """The time at which plain noise is fed, `(B,)`."""

@@ -7,7 +7,7 @@ the teacher's solver step to t_{n-1}. A method says where maps end, what the map
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Literal
@@ -24,10 +24,8 @@ from fastdiff.diffusion.tensors import DeviceTable, broadcast_to
 from fastdiff.methods.base import (
     Batch,
     Context,
-    Group,
     Method,
     TargetNetwork,
-    Update,
     check_not_negative,
     check_positive,
 )
@@ -97,9 +95,6 @@ class Trajectory(Method):
         super().__init__(config)
         self._points = DeviceTable(grid_points(config.num_ddim_timesteps))
 
-    def groups(self) -> dict[str, Group]:
-        return {"student": Group()}
-
     def targets(self) -> tuple[TargetNetwork, ...]:
         if self.config.target_decay == 0:
             return ()
@@ -109,9 +104,6 @@ class Trajectory(Method):
         """A run that goes on from another keeps its discriminator, and starts its average anew from the student."""
         own = {"student": ("student",), "discriminator": ("discriminator",)}
         return own | {target.role: (target.source,) for target in self.targets()}
-
-    def updates(self, step: int) -> Iterable[Update]:
-        yield Update("student", self.student_loss, ("student",))
 
     def student_loss(self, batch: Batch, ctx: Context) -> Mapping[str, Tensor]:
         """One consistency pair a sample, and whatever the method adds."""

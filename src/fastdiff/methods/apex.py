@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from fastdiff.diffusion.prediction import Prediction
-from fastdiff.diffusion.schedules import CLEAN_INDEX
+from fastdiff.diffusion.schedules import CLEAN_INDEX, LAST_INDEX
 from fastdiff.diffusion.steps import jump
 from fastdiff.diffusion.tensors import broadcast_to
 from fastdiff.methods._apex_paper import paper_losses
@@ -22,10 +22,8 @@ from fastdiff.methods._unread import refuse_unread
 from fastdiff.methods.base import (
     Batch,
     Context,
-    Group,
     Method,
     MethodInfo,
-    Update,
     check_not_negative,
     check_positive,
     time_at,
@@ -36,7 +34,6 @@ from fastdiff.models.embeddings import time_features, with_extra_times
 from fastdiff.models.sampler import SamplerSpec
 
 GROUPS = 4
-LAST = 999
 _FLAG = 1000.0  # in the units of network times
 _BARRON = 1e-3
 _OF_LOSSES = {
@@ -111,7 +108,7 @@ class APEX(Method):
         family="trajectory",
         paper="Self-Adversarial One Step Generation via Condition Shifting",
         arxiv="2604.12322",
-        needs=("images",),
+        needs="images",
         student_kinds=("lora", "full"),
         steps="1-4",
     )
@@ -126,12 +123,6 @@ class APEX(Method):
                 "of the data; take it for study, and 'code' for students.",
                 stacklevel=2,
             )
-
-    def groups(self) -> dict[str, Group]:
-        return {"student": Group()}
-
-    def updates(self, step: int) -> Iterable[Update]:
-        yield Update("student", self.student_loss, ("student",))
 
     def sampler(self) -> SamplerSpec:
         return SamplerSpec("lcm", self.config.timesteps)
@@ -183,7 +174,7 @@ class APEX(Method):
         """Where each sample's jump begins and ends."""
         schedule = ctx.denoiser.schedule
         place, length = ctx.random.uniform("t"), ctx.random.uniform("jump")
-        last = time_at(LAST, place, schedule)
+        last = time_at(LAST_INDEX, place, schedule)
         t = time_of_share(schedule, noise_share(schedule, last) * place).clamp_min(schedule.t_min)
         length = torch.where(group == 1, self.config.near_share * length, length)
         s = time_of_share(schedule, noise_share(schedule, t) * (1 - length))
@@ -194,7 +185,7 @@ class APEX(Method):
     def fakes(self, cond: Conditioning, rows: Tensor, batch: Batch, ctx: Context) -> Tensor:
         """One-step samples."""
         z = ctx.random.normal("fake/z", batch.latent_shape)[rows]
-        last, clean = (time_at(index, z, ctx.denoiser.schedule) for index in (LAST, CLEAN_INDEX))
+        last, clean = (time_at(index, z, ctx.denoiser.schedule) for index in (LAST_INDEX, CLEAN_INDEX))
         return self.ask(z, last, clean, cond, ctx).x0
 
     def compares_with_null(self) -> bool:
@@ -232,7 +223,7 @@ class APEX(Method):
     def gap(self, x0: Tensor, cond: Conditioning, rows: Tensor, batch: Batch, ctx: Context) -> Tensor:
         """Velocity of samples minus velocity of data at a noised sample, clipped."""
         schedule = ctx.denoiser.schedule
-        share = noise_share(schedule, time_at(LAST, x0, schedule)) * ctx.random.uniform("gap/t")[rows]
+        share = noise_share(schedule, time_at(LAST_INDEX, x0, schedule)) * ctx.random.uniform("gap/t")[rows]
         t = time_of_share(schedule, share).clamp_min(schedule.t_min)
         y = schedule.add_noise(x0, ctx.random.normal("gap/eps", batch.latent_shape)[rows], t)
         flag = torch.ones(len(y), dtype=torch.bool, device=y.device)

@@ -27,14 +27,24 @@ StudentKind = Literal["lora", "full"]
 
 @dataclass(frozen=True)
 class MethodInfo:
-    """What `fastdiff methods` prints."""
+    """What `fastdiff methods` prints.
+
+    Args:
+        name: as flags and recipes call it.
+        title: as papers call it.
+        family: under which tables list it.
+        paper, arxiv: title and number of the paper.
+        needs: what the data must hold with the default config.
+        student_kinds: what the student may be.
+        steps: sampling steps it is made for.
+    """
 
     name: str
     title: str
     family: str
     paper: str
     arxiv: str
-    needs: tuple[Need, ...]
+    needs: Need
     student_kinds: tuple[StudentKind, ...]
     steps: str
 
@@ -158,13 +168,17 @@ class Method(ABC):
     def __init__(self, config: Any) -> None:
         self.config = config
 
-    @abstractmethod
     def groups(self) -> dict[str, Group]:
         """Trainable roles and modules by name; `student` is always one of them."""
+        return {"student": Group()}
 
-    @abstractmethod
     def updates(self, step: int) -> Iterable[Update]:
         """The updates of one step, in order."""
+        yield Update("student", self.student_loss, ("student",))
+
+    @abstractmethod
+    def student_loss(self, batch: Batch, ctx: Context) -> Mapping[str, Tensor]:
+        """The named terms of the student's loss on one micro-batch."""
 
     @abstractmethod
     def sampler(self) -> SamplerSpec:
@@ -172,7 +186,7 @@ class Method(ABC):
 
     def needs(self) -> Need:
         """What the data must hold with this config; what `info` says unless a term asks for more."""
-        return self.info.needs[0]
+        return self.info.needs
 
     def random_stream(self) -> int:
         """Which stream of a seed's draws a run has, e.g. by the number of one of several students; 0 is the seed's own."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
@@ -12,23 +12,19 @@ from torch import Tensor
 from fastdiff.diffusion.grids import lcm_grid
 from fastdiff.diffusion.losses import mse
 from fastdiff.diffusion.prediction import Prediction
-from fastdiff.diffusion.schedules import Terminal
+from fastdiff.diffusion.schedules import LAST_INDEX, Terminal
 from fastdiff.diffusion.tensors import DeviceTable
 from fastdiff.methods._flow_map import EndTold, end_input
 from fastdiff.methods.base import (
     Batch,
     Context,
-    Group,
     MethodInfo,
-    Update,
     check_not_negative,
     check_positive,
     time_at,
 )
 from fastdiff.models.roles import TEACHER
 from fastdiff.models.sampler import SamplerSpec
-
-LAST = 999
 
 
 @dataclass(frozen=True)
@@ -72,7 +68,7 @@ class BOOT(EndTold):
         family="trajectory",
         paper="BOOT: Data-free Distillation of Denoising Diffusion Models with Bootstrapping",
         arxiv="2306.05544",
-        needs=("prompts",),
+        needs="prompts",
         student_kinds=("full",),
         steps="1",
     )
@@ -84,14 +80,8 @@ class BOOT(EndTold):
         grid = lcm_grid(config.num_ddim_timesteps, terminal=Terminal.CLEAN)
         self._pairs = DeviceTable(torch.tensor(grid, device="cpu"))
 
-    def groups(self) -> dict[str, Group]:
-        return {"student": Group()}
-
-    def updates(self, step: int) -> Iterable[Update]:
-        yield Update("student", self.student_loss, ("student",))
-
     def sampler(self) -> SamplerSpec:
-        return SamplerSpec("lcm", (LAST,))
+        return SamplerSpec("lcm", (LAST_INDEX,))
 
     def student_loss(self, batch: Batch, ctx: Context) -> Mapping[str, Tensor]:
         """One step of the trajectory a sample, and its beginning."""
@@ -108,7 +98,7 @@ class BOOT(EndTold):
 
     def boundary(self, z: Tensor, batch: Batch, ctx: Context) -> Tensor:
         """The trajectory begins at the teacher's first prediction."""
-        last = time_at(LAST, z, ctx.denoiser.schedule)
+        last = time_at(LAST_INDEX, z, ctx.denoiser.schedule)
         with torch.no_grad():
             first = self.teacher(z, last, batch, ctx).x0
         return mse(self.point(z, last, batch, ctx), first)
@@ -116,7 +106,7 @@ class BOOT(EndTold):
     def point(self, z: Tensor, t: Tensor, batch: Batch, ctx: Context) -> Tensor:
         """The student's y(z, t)."""
         schedule = ctx.denoiser.schedule
-        return ctx.denoiser(z, time_at(LAST, z, schedule), batch.cond, "student", **end_input(schedule, t)).x0
+        return ctx.denoiser(z, time_at(LAST_INDEX, z, schedule), batch.cond, "student", **end_input(schedule, t)).x0
 
     def next_point(self, z: Tensor, y: Tensor, t: Tensor, s: Tensor, batch: Batch, ctx: Context) -> Tensor:
         """y one solver step of the teacher further."""

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from fastdiff.diffusion.losses import mse
-from fastdiff.diffusion.prediction import Prediction, prediction_target
+from fastdiff.diffusion.prediction import Prediction
 from fastdiff.diffusion.schedules import CLEAN_INDEX, NoiseSchedule
 from fastdiff.diffusion.steps import heun_flow, jump
 from fastdiff.diffusion.tensors import DeviceTable, broadcast_to
@@ -96,7 +96,7 @@ class CTM(Trajectory):
         family="trajectory",
         paper="Consistency Trajectory Models: Learning Probability Flow ODE Trajectory of Diffusion",
         arxiv="2310.02279",
-        needs=("images",),
+        needs="images",
         student_kinds=("full",),
         steps="1-8",
     )
@@ -189,7 +189,7 @@ class CTM(Trajectory):
         t, eps = any_time(ctx, "denoising/t"), ctx.random.normal("denoising/eps", batch.latent_shape)
         x_t = schedule.add_noise(x0, eps, t)
         prediction = ctx.denoiser(x_t, t, batch.cond, "student", **self.inputs(1.0, t, ctx.denoiser))
-        return mse(prediction.native, prediction_target(prediction.kind, schedule, x0, eps, t))
+        return mse(prediction.native, prediction.target(x0, eps))
 
 
 def longer_more_often(u: Tensor, most: int) -> Tensor:
@@ -231,7 +231,7 @@ class TCD(CTM):
         family="trajectory",
         paper="Trajectory Consistency Distillation",
         arxiv="2402.19159",
-        needs=("images",),
+        needs="images",
         student_kinds=("lora", "full"),
         steps="1-8",
     )

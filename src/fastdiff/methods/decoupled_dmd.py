@@ -96,7 +96,7 @@ class DecoupledDMD(AdversarialScoreGap):
         family="distribution matching",
         paper="Decoupled DMD: CFG Augmentation as the Spear, Distribution Matching as the Shield",
         arxiv="2511.22677",
-        needs=("prompts",),
+        needs="prompts",
         student_kinds=("lora", "full"),
         steps="1-8",
     )

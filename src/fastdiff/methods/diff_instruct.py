@@ -55,7 +55,7 @@ class DiffInstruct(ScoreGap):
         family="distribution matching",
         paper="Diff-Instruct: A Universal Approach for Transferring Knowledge From Pre-trained Diffusion Models",
         arxiv="2305.18455",
-        needs=("prompts",),
+        needs="prompts",
         student_kinds=("lora", "full"),
         steps="1-8",
     )

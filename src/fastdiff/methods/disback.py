@@ -66,7 +66,7 @@ class DisBack(DMD2):
         family="distribution matching",
         paper="Distribution Backtracking Builds A Faster Convergence Trajectory for Diffusion Distillation",
         arxiv="2408.15991",
-        needs=("prompts",),
+        needs="prompts",
         student_kinds=("lora", "full"),
         steps="1-8",
     )

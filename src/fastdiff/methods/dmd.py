@@ -65,7 +65,7 @@ class DMD(ScoreGap):
         family="distribution matching",
         paper="One-step Diffusion with Distribution Matching Distillation",
         arxiv="2311.18828",
-        needs=("pairs", "prompts"),
+        needs="pairs",
         student_kinds=("lora", "full"),
         steps="1",
     )
@@ -73,9 +73,7 @@ class DMD(ScoreGap):
     config: DMDConfig
 
     def needs(self) -> Need:
-        if self.config.regression_weight:
-            return "pairs"
-        return "images" if super().needs() == "images" else "prompts"
+        return "pairs" if self.config.regression_weight else super().needs()
 
     def needs_scorer(self) -> bool:
         return self.config.regression_weight > 0 and self.config.regression_loss == "perceptual"

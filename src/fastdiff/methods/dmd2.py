@@ -39,7 +39,7 @@ class DMD2(AdversarialScoreGap):
         family="distribution matching",
         paper="Improved Distribution Matching Distillation for Fast Image Synthesis",
         arxiv="2405.14867",
-        needs=("prompts",),
+        needs="prompts",
         student_kinds=("lora", "full"),
         steps="1-8",
     )

@@ -71,7 +71,7 @@ class FDistill(RatioWeighted):
         family="distribution matching",
         paper="One-step Diffusion Models with f-Divergence Distribution Matching",
         arxiv="2502.15681",
-        needs=("images",),
+        needs="images",
         student_kinds=("lora", "full"),
         steps="1-8",
     )

@@ -99,7 +99,7 @@ class FlashDMD(ScoreGap):
         paper="Flash-DMD: Towards High-Fidelity Few-Step Image Generation with Efficient Distillation and Joint "
         "Reinforcement Learning",
         arxiv="2511.20549",
-        needs=("images",),
+        needs="images",
         student_kinds=("lora", "full"),
         steps="2-8",
     )
@@ -115,9 +115,7 @@ class FlashDMD(ScoreGap):
         return super().groups() | (heads if self.config.gan_weight else {})
 
     def needs(self) -> Need:
-        if self.config.gan_weight or self.config.multi_step_input == "noised_data":
-            return "images"
-        return "prompts"
+        return "images" if self.config.gan_weight else super().needs()
 
     def needs_scorer(self) -> bool:
         return bool(self.config.gan_weight)

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from fastdiff.diffusion.losses import mse
-from fastdiff.diffusion.prediction import Prediction, prediction_target
-from fastdiff.diffusion.schedules import CLEAN_INDEX
+from fastdiff.diffusion.prediction import Prediction
+from fastdiff.diffusion.schedules import CLEAN_INDEX, LAST_INDEX
 from fastdiff.diffusion.steps import jump
 from fastdiff.methods._continuous import log_normal_time
 from fastdiff.methods._flow_map import (
@@ -38,8 +38,6 @@ from fastdiff.models.denoiser import Ask
 from fastdiff.models.roles import TEACHER
 from fastdiff.models.sampler import SamplerSpec
 from fastdiff.models.tangents import Point, Tangent, Tangents
-
-LAST = 999
 
 
 @dataclass(frozen=True)
@@ -107,7 +105,7 @@ class FreeFlow(EndTold):
         family="trajectory",
         paper="Flow Map Distillation Without Data",
         arxiv="2511.19428",
-        needs=("prompts",),
+        needs="prompts",
         student_kinds=("full",),
         steps="1",
     )
@@ -129,7 +127,7 @@ class FreeFlow(EndTold):
             yield Update("fake_score", self.fake_score_loss, ("fake_score",))
 
     def sampler(self) -> SamplerSpec:
-        return SamplerSpec("lcm", (LAST,))
+        return SamplerSpec("lcm", (LAST_INDEX,))
 
     # The student's turn
 
@@ -158,13 +156,13 @@ class FreeFlow(EndTold):
         return ctx.denoiser.schedule.time_of_index(index)
 
     def predict(self, z: Tensor, s: Tensor, batch: Batch, ctx: Context) -> tuple[Tensor, Tensor]:
-        """The loss, and the root mean square of its residual, detached."""
+        """The loss, and the mean square of its residual, detached."""
         found = self.tangent(z, s, batch, ctx)
         target = self.predicted_target(z, s, found, batch, ctx)
         u = average_velocity(self.ask(z, s, batch, ctx))
         residual = torch.where(found.finite, (u.detach() - target).flatten(1).square().mean(1), 0)
         loss = adaptive_distance(u, target, self.config.norm_power, self.config.norm_constant, found.finite)
-        return loss, residual.mean().sqrt()
+        return loss, residual.mean()
 
     def tangent(self, z: Tensor, s: Tensor, batch: Batch, ctx: Context) -> Tangent:
         """u(z, s) and du/da_s, everything else held."""
@@ -173,7 +171,7 @@ class FreeFlow(EndTold):
             ctx.denoiser,
             batch.cond,
             "student",
-            Point(z, time_at(LAST, z, schedule), s),
+            Point(z, time_at(LAST_INDEX, z, schedule), s),
             Point(None, None, noise_share_rate(schedule, s)),
             average_velocity,
             lambda end: end_input(schedule, end),
@@ -183,7 +181,7 @@ class FreeFlow(EndTold):
     def predicted_target(self, z: Tensor, s: Tensor, found: Tangent, batch: Batch, ctx: Context) -> Tensor:
         """The teacher is asked where the student says the trajectory is; past its first index it keeps its velocity."""
         schedule = ctx.denoiser.schedule
-        last = time_at(LAST, z, schedule)
+        last = time_at(LAST_INDEX, z, schedule)
         asked = s.clamp_min(schedule.t_min)
         x_s = jump(Prediction(found.value, "flow", z, last, schedule), asked)
         teacher = ctx.denoiser(x_s, asked, batch.cond, TEACHER, batch.null, self.config.guidance_scale)
@@ -205,7 +203,7 @@ class FreeFlow(EndTold):
         length = ctx.global_mean(gap.square().mean()).sqrt()
         ctx.log("velocity_gap", length)
         u = average_velocity(prediction)
-        weight = ctx.global_mean(residual) / (length + self.config.norm_constant)
+        weight = ctx.global_mean(residual).sqrt() / (length + self.config.norm_constant)
         return adaptive_distance(u, u.detach() - weight * gap, self.config.norm_power, self.config.norm_constant)
 
     # The fake score's turn
@@ -219,12 +217,12 @@ class FreeFlow(EndTold):
         t, eps = any_time(ctx, "fake/t"), ctx.random.normal("fake/eps", batch.latent_shape)
         x_t = schedule.add_noise(x0, eps, t)
         prediction = ctx.denoiser(x_t, t, batch.cond, "fake_score")
-        return {"denoising": mse(prediction.native, prediction_target(prediction.kind, schedule, x0, eps, t))}
+        return {"denoising": mse(prediction.native, prediction.target(x0, eps))}
 
     def ask(self, z: Tensor, s: Tensor, batch: Batch, ctx: Context) -> Prediction:
         """The student at pure noise, told where to end."""
         schedule = ctx.denoiser.schedule
-        return ctx.denoiser(z, time_at(LAST, z, schedule), batch.cond, "student", **end_input(schedule, s))
+        return ctx.denoiser(z, time_at(LAST_INDEX, z, schedule), batch.cond, "student", **end_input(schedule, s))
 
 
 def _rows(batch: Batch, rows: Tensor) -> Batch:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
@@ -16,10 +16,8 @@ from fastdiff.methods._trajectory import teacher_path
 from fastdiff.methods.base import (
     Batch,
     Context,
-    Group,
     MethodInfo,
     Need,
-    Update,
     any_time,
     check_not_negative,
     check_positive,
@@ -65,21 +63,15 @@ class GuidanceDistillation(GuidanceInput):
         family="trajectory",
         paper="On Distillation of Guided Diffusion Models",
         arxiv="2210.03142",
-        needs=("images",),
+        needs="images",
         student_kinds=("lora", "full"),
         steps="as the teacher, half the calls",
     )
     Config = GuidanceDistillationConfig
     config: GuidanceDistillationConfig
 
-    def groups(self) -> dict[str, Group]:
-        return {"student": Group()}
-
     def needs(self) -> Need:
         return "prompts" if self.config.states == "teacher" else "images"
-
-    def updates(self, step: int) -> Iterable[Update]:
-        yield Update("student", self.student_loss, ("student",))
 
     def sampler(self) -> SamplerSpec:
         return SamplerSpec.trailing("ddim", self.config.num_inference_steps, guidance_scale=self.sampling_guidance)

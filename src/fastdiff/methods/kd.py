@@ -57,7 +57,7 @@ class KD(Straight):
         family="trajectory",
         paper="Knowledge Distillation in Iterative Generative Models for Improved Sampling Speed",
         arxiv="2101.02388",
-        needs=("pairs",),
+        needs="pairs",
         student_kinds=("lora", "full"),
         steps="1",
     )

@@ -102,7 +102,7 @@ class LADD(RoutedStudent):
         family="adversarial",
         paper="Fast High-Resolution Image Synthesis with Latent Adversarial Diffusion Distillation",
         arxiv="2403.12015",
-        needs=("images",),
+        needs="images",
         student_kinds=("lora", "full"),
         steps="1-4",
     )

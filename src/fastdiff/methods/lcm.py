@@ -61,7 +61,7 @@ class LCM(GuidanceInput, Trajectory):
         family="trajectory",
         paper="Latent Consistency Models: Synthesizing High-Resolution Images with Few-Step Inference",
         arxiv="2310.04378",
-        needs=("images",),
+        needs="images",
         student_kinds=("lora", "full"),
         steps="1-8",
     )

@@ -107,7 +107,7 @@ class Lightning(Progressive):
         family="trajectory",
         paper="SDXL-Lightning: Progressive Adversarial Diffusion Distillation",
         arxiv="2402.13929",
-        needs=("images",),
+        needs="images",
         student_kinds=("lora", "full"),
         steps="1-8",
     )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
@@ -24,9 +24,7 @@ from fastdiff.methods._flow_map import (
 from fastdiff.methods.base import (
     Batch,
     Context,
-    Group,
     MethodInfo,
-    Update,
     check_not_negative,
     check_positive,
     time_at,
@@ -97,7 +95,7 @@ class MeanFlow(EndTold):
         family="trajectory",
         paper="Mean Flows for One-step Generative Modeling",
         arxiv="2505.13447",
-        needs=("images",),
+        needs="images",
         student_kinds=("full",),
         steps="1-8",
     )
@@ -107,12 +105,6 @@ class MeanFlow(EndTold):
     def __init__(self, config: MeanFlowConfig) -> None:
         super().__init__(config)
         self.tangents = Tangents()
-
-    def groups(self) -> dict[str, Group]:
-        return {"student": Group()}
-
-    def updates(self, step: int) -> Iterable[Update]:
-        yield Update("student", self.student_loss, ("student",))
 
     def sampler(self) -> SamplerSpec:
         if self.config.sampling == "renoise":

@@ -41,7 +41,7 @@ class MSD(DMD2):
         family="distribution matching",
         paper="Multi-student Diffusion Distillation for Better One-step Generators",
         arxiv="2410.23274",
-        needs=("prompts",),
+        needs="prompts",
         student_kinds=("lora", "full"),
         steps="1-8",
     )

@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
-import torch
 from torch import Tensor
 
-from fastdiff.diffusion.tensors import broadcast_to
 from fastdiff.methods._adversarial import Adversary
 from fastdiff.methods._phased import check_phases, phase_edge
+from fastdiff.methods._prompts import without_prompts
 from fastdiff.methods._trajectory_gan import AdversarialTrajectory, AdversarialTrajectoryConfig
 from fastdiff.methods.base import Batch, Context, MethodInfo
-from fastdiff.models.conditioning import Conditioning
 from fastdiff.models.sampler import SamplerSpec
 
 
@@ -24,17 +21,17 @@ class PCMConfig(AdversarialTrajectoryConfig):
     """Defaults are the paper's for SD1.5, but for 40 solver steps instead of 50, so that phases end where stock DDIM
     lands, a fixed guidance where the paper draws it, the clean end where the official code ends at index 0, and heads
     that learn at every step, where the code's take turns with the student. Its loss without guidance of the teacher
-    drops a tenth of the captions (`empty_prompt_share`).
+    drops a tenth of the captions (`prompt_dropout`).
 
     Args:
-        guidance_scale: w of the teacher's solver step (the paper's 4 to 5 is w - 1). With 1 and `empty_prompt_share`
+        guidance_scale: w of the teacher's solver step (the paper's 4 to 5 is w - 1). With 1 and `prompt_dropout`
             the student takes guidance when it is sampled, as its teacher does.
         num_ddim_timesteps: points of the solver's grid, a divisor of 1000 that `num_phases` divides.
         num_phases: phases of the trajectory, and steps of the deterministic sampler.
         target_decay: decay of an averaged target; the paper's LoRAs take the live student.
         adversarial_weight: weight of the generator's term; the paper's is 0.1, 0 leaves the discriminator out.
         discriminator_learning_rate: learning rate of the heads.
-        empty_prompt_share: share of samples trained without a caption.
+        prompt_dropout: share of samples trained without a caption.
     """
 
     guidance_scale: float = 5.5
@@ -43,13 +40,13 @@ class PCMConfig(AdversarialTrajectoryConfig):
     target_decay: float = 0.0
     adversarial_weight: float = 0.1
     discriminator_learning_rate: float | None = 1e-5
-    empty_prompt_share: float = 0.0
+    prompt_dropout: float = 0.0
 
     def __post_init__(self) -> None:
         super().__post_init__()
         check_phases(self.num_phases, self.num_ddim_timesteps, "num_phases")
-        if not 0 <= self.empty_prompt_share <= 1:
-            raise ValueError(f"empty_prompt_share must be in [0, 1], got {self.empty_prompt_share}")
+        if not 0 <= self.prompt_dropout <= 1:
+            raise ValueError(f"prompt_dropout must be in [0, 1], got {self.prompt_dropout}")
 
 
 class PCM(AdversarialTrajectory):
@@ -72,7 +69,7 @@ class PCM(AdversarialTrajectory):
         family="trajectory",
         paper="Phased Consistency Models",
         arxiv="2405.18407",
-        needs=("images",),
+        needs="images",
         student_kinds=("lora", "full"),
         steps="1-16",
     )
@@ -97,14 +94,6 @@ class PCM(AdversarialTrajectory):
         return super().discriminator_loss(self._some_without_caption(batch, ctx), ctx)
 
     def _some_without_caption(self, batch: Batch, ctx: Context) -> Batch:
-        if not self.config.empty_prompt_share:
+        if not self.config.prompt_dropout:
             return batch
-        empty, null = (
-            ctx.random.bernoulli("empty_prompt", self.config.empty_prompt_share),
-            batch.null.expand(len(batch)),
-        )
-        tensors = {
-            name: torch.where(broadcast_to(empty, own), null.tensors[name], own)
-            for name, own in batch.cond.tensors.items()
-        }
-        return dataclasses.replace(batch, cond=Conditioning(tensors))
+        return without_prompts(batch, ctx.random.bernoulli("empty_prompt", self.config.prompt_dropout))

@@ -10,19 +10,17 @@ import torch
 from torch import Tensor
 
 from fastdiff.diffusion.losses import mse, pseudo_huber
-from fastdiff.diffusion.prediction import prediction_target
+from fastdiff.diffusion.schedules import LAST_INDEX
 from fastdiff.diffusion.tensors import broadcast_to
 from fastdiff.diffusion.timesteps import Segments
 from fastdiff.methods._prompts import without_prompts
-from fastdiff.methods._straight import LAST_INDEX, line_through
+from fastdiff.methods._straight import line_through
 from fastdiff.methods._trajectory import teacher_path
 from fastdiff.methods.base import (
     Batch,
     Context,
-    Group,
     Method,
     MethodInfo,
-    Update,
     check_not_negative,
     check_positive,
 )
@@ -98,7 +96,7 @@ class PeRFlow(Method):
         family="trajectory",
         paper="PeRFlow: Piecewise Rectified Flow as Universal Plug-and-Play Accelerator",
         arxiv="2405.07510",
-        needs=("images", "pairs"),
+        needs="images",
         student_kinds=("lora", "full"),
         steps="4-8",
     )
@@ -110,12 +108,6 @@ class PeRFlow(Method):
         width = _INDICES // config.windows
         # Index -1 is the clean end on every process.
         self._windows = Segments(tuple(float(width * number - 1) for number in range(config.windows + 1)))
-
-    def groups(self) -> dict[str, Group]:
-        return {"student": Group()}
-
-    def updates(self, step: int) -> tuple[Update, ...]:
-        return (Update("student", self.student_loss, ("student",)),)
 
     def sampler(self) -> SamplerSpec:
         return SamplerSpec.trailing("ddim", self.config.num_inference_steps)
@@ -133,7 +125,7 @@ class PeRFlow(Method):
         x0, eps = line_through(x_s, start, x_e, end, schedule)
         t = schedule.time_of_index(index)
         student = ctx.denoiser(schedule.add_noise(x0, eps, t), t, asked.cond, "student")
-        target = prediction_target(student.kind, schedule, x0, eps, t)
+        target = student.target(x0, eps)
         if self.config.loss_type == "l2":
             return {"perflow": mse(student.native, target)}
         return {"perflow": pseudo_huber(student.native, target, self.config.huber_c)}

@@ -47,7 +47,7 @@ class PGSB(SwiftBrush):
         family="distribution matching",
         paper="SNOOPI: Supercharged One-step Diffusion Distillation with Proper Guidance",
         arxiv="2412.02687",
-        needs=("prompts",),
+        needs="prompts",
         student_kinds=("lora", "full"),
         steps="1-8",
     )

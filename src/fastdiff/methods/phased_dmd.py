@@ -124,7 +124,7 @@ class PhasedDMD(RatioWeighted):
         family="distribution matching",
         paper="Phased DMD: Few-step Distribution Matching Distillation via Score Matching within Subintervals",
         arxiv="2510.27684",
-        needs=("prompts",),
+        needs="prompts",
         student_kinds=("lora", "full"),
         steps="2-8",
     )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
@@ -13,7 +13,7 @@ from fastdiff.diffusion.prediction import Prediction
 from fastdiff.diffusion.schedules import CLEAN_INDEX, NoiseSchedule
 from fastdiff.diffusion.tensors import DeviceTable
 from fastdiff.methods._trajectory import sub_steps, teacher_path
-from fastdiff.methods.base import Batch, Context, Group, Method, MethodInfo, Update, check_not_negative, check_positive
+from fastdiff.methods.base import Batch, Context, Method, MethodInfo, check_not_negative, check_positive
 from fastdiff.models.roles import TEACHER
 from fastdiff.models.sampler import SamplerSpec
 
@@ -73,7 +73,7 @@ class Progressive(Method):
         family="trajectory",
         paper="Progressive Distillation for Fast Sampling of Diffusion Models",
         arxiv="2202.00512",
-        needs=("images",),
+        needs="images",
         student_kinds=("lora", "full"),
         steps="1-32",
     )
@@ -84,18 +84,12 @@ class Progressive(Method):
         super().__init__(config)
         self._steps = DeviceTable(stage_steps(config))
 
-    def groups(self) -> dict[str, Group]:
-        return {"student": Group()}
-
     def frozen(self) -> Mapping[str, str]:
         return {PREVIOUS: "student"} if self.config.stage_teacher == PREVIOUS else {}
 
     def inherits(self) -> Mapping[str, tuple[str, ...]] | None:
         """The earlier student is this stage's start and, where it says so, its teacher."""
         return {role: ("student",) for role in ("student", *self.frozen())}
-
-    def updates(self, step: int) -> Iterable[Update]:
-        yield Update("student", self.student_loss, ("student",))
 
     def sampler(self) -> SamplerSpec:
         return SamplerSpec.trailing("ddim", self.config.num_inference_steps, self.config.first_timestep)

@@ -68,7 +68,7 @@ class RCM(ScoreGap):
         family="trajectory",
         paper="Large Scale Diffusion Distillation via Score-Regularized Continuous-Time Consistency",
         arxiv="2510.08431",
-        needs=("images",),
+        needs="images",
         student_kinds=("lora", "full"),
         steps="1-4",
     )

@@ -8,7 +8,7 @@ from typing import Literal
 
 from torch import Tensor
 
-from fastdiff.diffusion.prediction import Prediction, prediction_target
+from fastdiff.diffusion.prediction import Prediction
 from fastdiff.diffusion.schedules import Terminal
 from fastdiff.diffusion.timesteps import Grid, TimeSampler, Uniform, UShaped
 from fastdiff.methods._straight import MARGIN, Straight, StraightConfig, level_of, line_through, time_of_level
@@ -68,7 +68,7 @@ class RectifiedFlow(Straight):
         family="trajectory",
         paper="InstaFlow: One Step is Enough for High-Quality Diffusion-Based Text-to-Image Generation",
         arxiv="2309.06380",
-        needs=("pairs",),
+        needs="pairs",
         student_kinds=("lora", "full"),
         steps="1-8",
     )
@@ -115,4 +115,4 @@ class RectifiedFlow(Straight):
     def _compared(self, prediction: Prediction, x0: Tensor, eps: Tensor) -> tuple[Tensor, Tensor]:
         if self.config.regress == "velocity":
             return prediction.flow, eps - x0
-        return prediction.native, prediction_target(prediction.kind, prediction.schedule, x0, eps, prediction.t)
+        return prediction.native, prediction.target(x0, eps)

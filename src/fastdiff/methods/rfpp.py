@@ -53,7 +53,7 @@ class RFPP(RectifiedFlow):
         family="trajectory",
         paper="Improving the Training of Rectified Flows",
         arxiv="2405.20320",
-        needs=("pairs",),
+        needs="pairs",
         student_kinds=("lora", "full"),
         steps="1-8",
     )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
@@ -24,10 +24,8 @@ from fastdiff.methods._continuous import (
 from fastdiff.methods.base import (
     Batch,
     Context,
-    Group,
     Method,
     MethodInfo,
-    Update,
     check_not_negative,
     check_positive,
 )
@@ -96,7 +94,7 @@ class SCM(Method):
         family="trajectory",
         paper="Simplifying, Stabilizing and Scaling Continuous-Time Consistency Models",
         arxiv="2410.11081",
-        needs=("images",),
+        needs="images",
         student_kinds=("lora", "full"),
         steps="1-2",
     )
@@ -106,12 +104,6 @@ class SCM(Method):
     def __init__(self, config: SCMConfig) -> None:
         super().__init__(config)
         self.tangents = Tangents()
-
-    def groups(self) -> dict[str, Group]:
-        return {"student": Group()}
-
-    def updates(self, step: int) -> Iterable[Update]:
-        yield Update("student", self.student_loss, ("student",))
 
     def sampler(self) -> SamplerSpec:
         return SamplerSpec("lcm", self.config.timesteps)

@@ -18,7 +18,7 @@ from typing import Literal
 from torch import Tensor
 
 from fastdiff.diffusion.losses import mse
-from fastdiff.diffusion.prediction import Prediction, prediction_target
+from fastdiff.diffusion.prediction import Prediction
 from fastdiff.diffusion.tensors import compute_dtype
 from fastdiff.methods._score_gap import ScoreGap, ScoreGapConfig
 from fastdiff.methods.base import Batch, Context, Group, MethodInfo, any_time, check_positive
@@ -122,7 +122,7 @@ class VSD(ScoreLoss):
     def fit(self, x: Tensor, t: Tensor, eps: Tensor, cond: Conditioning) -> Tensor:
         """The fake score's loss on samples `x`, which get no gradient."""
         prediction = self.denoiser(self.noised(x, t, eps), t, cond, self.fake)
-        return mse(prediction.native, prediction_target(prediction.kind, prediction.schedule, x.detach(), eps, t))
+        return mse(prediction.native, prediction.target(x.detach(), eps))
 
 
 @dataclass(frozen=True)
@@ -193,7 +193,7 @@ class ScoreDistillation(ScoreGap):
         family="distribution matching",
         paper="ProlificDreamer: High-Fidelity and Diverse Text-to-3D Generation with Variational Score Distillation",
         arxiv="2305.16213",
-        needs=("prompts",),
+        needs="prompts",
         student_kinds=("lora", "full"),
         steps="1-8",
     )

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from torch import Tensor
 
 from fastdiff.diffusion.losses import mse
 from fastdiff.methods._students import SmallStudent, SmallStudentConfig
-from fastdiff.methods.base import Batch, Context, Group, MethodInfo, Update, any_time, check_positive
+from fastdiff.methods.base import Batch, Context, MethodInfo, any_time, check_positive
 from fastdiff.models.denoiser import Ask
 from fastdiff.models.sampler import SamplerSpec
 
@@ -45,18 +45,12 @@ class ScoreMatching(SmallStudent):
         family="distribution matching",
         paper="Multi-student Diffusion Distillation for Better One-step Generators",
         arxiv="2410.23274",
-        needs=("images",),
+        needs="images",
         student_kinds=("full",),
         steps="25",
     )
     Config = ScoreMatchingConfig
     config: ScoreMatchingConfig
-
-    def groups(self) -> dict[str, Group]:
-        return {"student": Group()}
-
-    def updates(self, step: int) -> Iterable[Update]:
-        yield Update("student", self.student_loss, ("student",))
 
     def sampler(self) -> SamplerSpec:
         return SamplerSpec.trailing("ddim", self.config.num_inference_steps)

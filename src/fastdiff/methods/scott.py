@@ -78,7 +78,7 @@ class SCott(AdversarialTrajectory, LCM):
         family="trajectory",
         paper="SCott: Accelerating Diffusion Models with Stochastic Consistency Distillation",
         arxiv="2403.01505",
-        needs=("images",),
+        needs="images",
         student_kinds=("lora", "full"),
         steps="1-4",
     )

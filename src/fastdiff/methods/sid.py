@@ -76,7 +76,7 @@ class SiD(ScoreIdentity):
         paper="Score identity Distillation: Exponentially Fast Distillation of Pretrained Diffusion Models for "
         "One-Step Generation",
         arxiv="2404.04057",
-        needs=("prompts",),
+        needs="prompts",
         student_kinds=("lora", "full"),
         steps="1-4",
     )
@@ -138,7 +138,7 @@ class SiDA(SiD):
         family="Fisher divergence",
         paper="Adversarial Score identity Distillation: Rapidly Surpassing the Teacher in One Step",
         arxiv="2410.14919",
-        needs=("images",),
+        needs="images",
         student_kinds=("lora", "full"),
         steps="1-4",
     )
@@ -174,7 +174,7 @@ class SiDLSG(SiD):
         family="Fisher divergence",
         paper="Guided Score identity Distillation for Data-Free One-Step Text-to-Image Generation",
         arxiv="2406.01561",
-        needs=("prompts",),
+        needs="prompts",
         student_kinds=("lora", "full"),
         steps="1-4",
     )
@@ -216,7 +216,7 @@ class SIM(SiD):
         family="Fisher divergence",
         paper="One-Step Diffusion Distillation through Score Implicit Matching",
         arxiv="2410.16794",
-        needs=("prompts",),
+        needs="prompts",
         student_kinds=("lora", "full"),
         steps="1-4",
     )

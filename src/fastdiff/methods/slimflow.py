@@ -74,7 +74,7 @@ class SlimFlow(RectifiedFlow):
         family="trajectory",
         paper="SlimFlow: Training Smaller One-Step Diffusion Models with Rectified Flow",
         arxiv="2407.12718",
-        needs=("pairs",),
+        needs="pairs",
         student_kinds=("lora", "full"),
         steps="1-8",
     )

@@ -70,7 +70,7 @@ class SwiftBrush(ScoreGap):
         family="distribution matching",
         paper="SwiftBrush: One-Step Text-to-Image Diffusion Model with Variational Score Distillation",
         arxiv="2312.05239",
-        needs=("prompts",),
+        needs="prompts",
         student_kinds=("lora", "full"),
         steps="1-8",
     )

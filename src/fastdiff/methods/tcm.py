@@ -3,24 +3,22 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from fastdiff.diffusion.prediction import Prediction
-from fastdiff.diffusion.schedules import NoiseSchedule
+from fastdiff.diffusion.schedules import LAST_INDEX, NoiseSchedule
 from fastdiff.diffusion.steps import jump
 from fastdiff.diffusion.tensors import broadcast_to
 from fastdiff.methods._continuous import check_falling
 from fastdiff.methods.base import (
     Batch,
     Context,
-    Group,
     Method,
     MethodInfo,
-    Update,
     check_not_negative,
     check_positive,
     time_at,
@@ -33,7 +31,6 @@ FIRST = "first_stage"
 _CURVE = 8.0  # k of easy consistency tuning: how much longer steps are at low noise
 _NOISIEST = 80.0  # where a flow, which has no last level, is cut
 _TABLE = 4096
-LAST = 999
 
 
 @dataclass(frozen=True)
@@ -102,24 +99,18 @@ class TCM(Method):
         family="trajectory",
         paper="Truncated Consistency Models",
         arxiv="2410.14895",
-        needs=("images",),
+        needs="images",
         student_kinds=("lora", "full"),
         steps="1-2",
     )
     Config = TCMConfig
     config: TCMConfig
 
-    def groups(self) -> dict[str, Group]:
-        return {"student": Group()}
-
     def frozen(self) -> Mapping[str, str]:
         return {FIRST: "student"}
 
     def inherits(self) -> Mapping[str, tuple[str, ...]] | None:
         return {"student": ("student",), FIRST: ("student",)}
-
-    def updates(self, step: int) -> Iterable[Update]:
-        yield Update("student", self.student_loss, ("student",))
 
     def sampler(self) -> SamplerSpec:
         return SamplerSpec("lcm", self.config.timesteps)
@@ -144,7 +135,8 @@ class TCM(Method):
         boundary, u = ctx.random.bernoulli("boundary", self.config.boundary_share), ctx.random.uniform("t")
         low = time_at(self.config.truncation_index, u, schedule)
         ends = [
-            schedule.kappa(time).clamp_max(_NOISIEST).log() for time in (low[:1], time_at(LAST, low[:1], schedule))
+            schedule.kappa(time).clamp_max(_NOISIEST).log()
+            for time in (low[:1], time_at(LAST_INDEX, low[:1], schedule))
         ]
         above = schedule.time_of_kappa(heavy_tailed(u, *ends).exp())
         return boundary, torch.where(boundary, low, torch.maximum(above, low))

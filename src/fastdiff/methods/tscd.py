@@ -96,7 +96,7 @@ class TSCD(AdversarialTrajectory):
         family="trajectory",
         paper="Hyper-SD: Trajectory Segmented Consistency Model for Efficient Image Synthesis",
         arxiv="2404.13686",
-        needs=("images",),
+        needs="images",
         student_kinds=("lora", "full"),
         steps="1-8",
     )

@@ -77,7 +77,7 @@ class UniInstruct(ScoreIdentity):
         family="Fisher divergence",
         paper="Uni-Instruct: One-step Diffusion Model through Unified Diffusion Divergence Instruction",
         arxiv="2505.20755",
-        needs=("prompts", "images"),
+        needs="images",
         student_kinds=("lora", "full"),
         steps="1-4",
     )

@@ -3,10 +3,11 @@
 from .base import NoiseSchedule, Terminal, rewrap
 from .config import is_flow, schedule_from_config
 from .continuous import EDMSchedule, FlowSchedule, TrigSchedule
-from .vp import CLEAN_INDEX, VPSchedule
+from .vp import CLEAN_INDEX, LAST_INDEX, VPSchedule
 
 __all__ = [
     "CLEAN_INDEX",
+    "LAST_INDEX",
     "EDMSchedule",
     "FlowSchedule",
     "NoiseSchedule",

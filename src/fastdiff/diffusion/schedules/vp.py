@@ -11,8 +11,9 @@ from ..tensors import DeviceTable, as_times
 from .base import NoiseSchedule
 from .betas import alphas_cumprod_from_config
 
-__all__ = ["CLEAN_INDEX", "VPSchedule"]
+__all__ = ["CLEAN_INDEX", "LAST_INDEX", "VPSchedule"]
 
+LAST_INDEX = 999  # of the thousand that all families number their times by, the noisiest
 CLEAN_INDEX = -1  # the index, one before the table, where a VP process has no noise at all
 
 
