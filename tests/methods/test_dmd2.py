@@ -26,7 +26,7 @@ from fastdiff.data.source import PromptData
 from fastdiff.diffusion import Gaussian
 from fastdiff.engine import Settings, Trainer
 from fastdiff.methods import DMD2, DMD2Config
-from fastdiff.methods._student import student_sample
+from fastdiff.methods._rollout import student_sample
 from fastdiff.models.analytic import AnalyticTeacher, ExactNetwork
 from fastdiff.models.analytic_networks import AffinePerBin
 

@@ -35,7 +35,7 @@ from fastdiff.methods import (
     SiD,
     SwiftBrush,
 )
-from fastdiff.methods._students import RoutedStudent
+from fastdiff.methods._routed_student import RoutedStudent
 from fastdiff.models.analytic import AnalyticTeacher, ExactNetwork
 from fastdiff.models.teacher import Teacher
 from fastdiff.recipes.starting import start_from

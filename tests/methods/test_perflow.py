@@ -13,7 +13,8 @@ from trajectory_helpers import gaussian_denoiser, jumps, mapped, product_map, st
 
 from fastdiff.diffusion import Gaussian, Prediction, Terminal, solve, teacher_times
 from fastdiff.engine import Settings, Trainer
-from fastdiff.methods._straight import level_of, line_through
+from fastdiff.methods._flow_map import noise_share
+from fastdiff.methods._straight import line_through
 from fastdiff.methods.perflow import PeRFlow, PeRFlowConfig
 from fastdiff.methods.rectified_flow import RectifiedFlow, RectifiedFlowConfig
 from fastdiff.models.analytic import AnalyticTeacher, ExactNetwork
@@ -158,7 +159,7 @@ def test_one_window_is_reflow_with_pairs_made_on_the_way(case):
 
     x0 = solve(exact, z, teacher_times(schedule, 10))
     t = schedule.time_of_index(index.double())
-    part = level_of(t, schedule) / level_of(schedule.time_of_index(f64([999.0])), schedule)
+    part = noise_share(schedule, t) / noise_share(schedule, schedule.time_of_index(f64([999.0])))
     reflow = RectifiedFlow(RectifiedFlowConfig(regress="native"))
     expected = reflow.student_loss(pairs(z, x0), context(denoiser, ROWS, {"t": part}))["reflow"]
     torch.testing.assert_close(found, expected, rtol=2e-5, atol=0)

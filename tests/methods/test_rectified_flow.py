@@ -18,7 +18,8 @@ from fastdiff.diffusion import (
     trailing_grid,
 )
 from fastdiff.engine import Settings, Trainer
-from fastdiff.methods._straight import level_of, line_through, time_of_level
+from fastdiff.methods._flow_map import noise_share
+from fastdiff.methods._straight import line_through, time_of_level
 from fastdiff.methods.base import Context
 from fastdiff.methods.kd import KD, KDConfig
 from fastdiff.methods.rectified_flow import RectifiedFlow, RectifiedFlowConfig
@@ -159,7 +160,7 @@ def test_an_epsilon_teacher_seen_as_a_rectified_flow_gives_the_same_samples(step
         return Prediction(epsilon(seen, times).flow, "flow", x, t, FLOW)
 
     times = teacher_times(SD, steps)
-    levels = [level_of(t, SD) for t in times[:-1]]
+    levels = [noise_share(SD, t) for t in times[:-1]]
     start = z / (SD.alpha(999.0) + SD.sigma(999.0))
     as_flow = solve(flow, start, [*levels, Terminal.CLEAN])
     torch.testing.assert_close(as_flow, solve(epsilon, z, times), rtol=0, atol=1e-9)
@@ -178,7 +179,7 @@ def test_a_real_network_seen_as_a_rectified_flow_gives_the_same_samples(tiny_sd)
         return Prediction(epsilon(seen, times).flow, "flow", x, t, FLOW)
 
     times = teacher_times(SD, 5)
-    levels = [level_of(t, SD) for t in times[:-1]]
+    levels = [noise_share(SD, t) for t in times[:-1]]
     as_flow = solve(flow, z / (SD.alpha(999.0) + SD.sigma(999.0)).float(), [*levels, Terminal.CLEAN])
     stock = solve(epsilon, z, times)
     assert (as_flow - stock).abs().max() < 1e-4 * stock.abs().max()
@@ -189,10 +190,10 @@ def test_a_real_network_seen_as_a_rectified_flow_gives_the_same_samples(tiny_sd)
 
 def test_levels_and_times_are_inverse():
     t = f64([0.0, 1.0, 399.0, 998.5, 999.0])
-    torch.testing.assert_close(time_of_level(level_of(t, SD), SD), t, rtol=0, atol=1e-9)
-    assert level_of(f64([999.0]), SD).item() == pytest.approx(0.93596, abs=1e-5)
-    assert level_of(f64([0.0]), SD).item() == pytest.approx(0.02834, abs=1e-5)
-    torch.testing.assert_close(level_of(f64([0.3]), FLOW), f64([0.3]))
+    torch.testing.assert_close(time_of_level(noise_share(SD, t), SD), t, rtol=0, atol=1e-9)
+    assert noise_share(SD, f64([999.0])).item() == pytest.approx(0.93596, abs=1e-5)
+    assert noise_share(SD, f64([0.0])).item() == pytest.approx(0.02834, abs=1e-5)
+    torch.testing.assert_close(noise_share(FLOW, f64([0.3])), f64([0.3]))
 
 
 def test_the_line_is_ddims_own():
@@ -209,7 +210,7 @@ def test_the_line_is_ddims_own():
 @pytest.mark.parametrize(("index", "golden"), [(20, 1.3), (999, 244.0)])
 def test_velocities_weigh_the_noise_error_of_an_epsilon_network(index, golden):
     z = noise(4)
-    part = (level_of(f64([float(index)]), SD) / level_of(f64([999.0]), SD)).expand(4)
+    part = (noise_share(SD, f64([float(index)])) / noise_share(SD, f64([999.0]))).expand(4)
     student = Free(torch.eye(2), torch.zeros(2))
     values = [
         loss(RectifiedFlow(RectifiedFlowConfig(regress=regress)), student, z, coupled(z), draws={"t": part})["reflow"]

@@ -62,7 +62,7 @@ def test_one_index_of_stable_diffusion_has_as_much_noise_as_signal():
 def test_times_lie_above_the_truncation_and_the_share_at_it_is_as_asked(process):
     schedule, kind, *_ = PROCESSES[process]
     denoiser = denoiser_of(teacher_network(process), schedule, kind)
-    boundary, t = method(truncation_index=354).times(batch_of(4000, 2), context(denoiser, 4000))
+    boundary, t = method(truncation_index=354).times(context(denoiser, 4000))
     low = schedule.time_of_index(354)
     assert boundary.float().mean().item() == pytest.approx(0.25, abs=0.02)
     assert (t[boundary] == low).all() and (t >= low).all() and t.max() <= schedule.t_max
@@ -171,7 +171,7 @@ def test_an_affine_student_per_time_learns_the_steps_above_the_truncation_and_th
     kappa = low * kept ** -(torch.arange(6).double() + 0.5)
     ends, t = kappa * kept, kappa / (1 + kappa)
     tcm = method(step_stage=30, longest_kept=kept, huber_c=1e3)  # so wide that squares are what it sees
-    monkeypatch.setattr(tcm, "times", lambda batch, ctx: (torch.zeros(24, dtype=torch.bool), t.repeat(4)))
+    monkeypatch.setattr(tcm, "times", lambda ctx: (torch.zeros(24, dtype=torch.bool), t.repeat(4)))
     student = AffinePerBin(1, (1000 * t).tolist()).double()
     denoiser = gaussian_denoiser(FLOW, student=student, first_stage=Exact(FLOW, "flow"))
     batch, ctx = batch_of(24, 1, data(24)), context(denoiser, 24)
@@ -191,7 +191,7 @@ def test_the_loss_is_the_two_averages():
     batch = batch_of(8, 2, torch.randn(8, 2, 1, 1).double())
     tcm, ctx = method(boundary_weight=0.3, boundary_share=0.25), context(denoiser, 8)
     terms = tcm.student_loss(batch, ctx)
-    boundary, t = tcm.times(batch, ctx)
+    boundary, t = tcm.times(ctx)
     x_t = schedule.add_noise(batch.latents, ctx.random.normal("eps", (2, 1, 1)), t)
     gap = denoiser(x_t, t, batch.cond, "student").x0 - tcm.target(x_t, t, batch, ctx)
     each = (gap.square().flatten(1).mean(1) + 5.4e-4**2).sqrt() - 5.4e-4

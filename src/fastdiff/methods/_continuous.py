@@ -52,9 +52,3 @@ def root_mean_square(x: Tensor) -> Tensor:
 def drop_broken(finite: Tensor, x: Tensor) -> Tensor:
     """`x` with zeros for the samples whose tangent was not finite."""
     return torch.where(broadcast_to(finite, x), x, 0)
-
-
-def check_falling(timesteps: tuple[int, ...]) -> None:
-    """Refuses sampling times that do not go from noise to data."""
-    if not timesteps or list(timesteps) != sorted(set(timesteps), reverse=True):
-        raise ValueError(f"timesteps must fall strictly, noisiest first, got {timesteps}")

@@ -10,8 +10,8 @@ from torch import Tensor
 
 from fastdiff.diffusion.losses import dmd_normaliser, mse, surrogate
 from fastdiff.diffusion.prediction import Prediction
-from fastdiff.methods._student import MultiStepInput, student_sample
-from fastdiff.methods._students import RoutedStudent, RoutedStudentConfig
+from fastdiff.methods._rollout import MultiStepInput, student_sample
+from fastdiff.methods._routed_student import RoutedStudent, RoutedStudentConfig
 from fastdiff.methods.base import (
     Batch,
     Context,
@@ -19,6 +19,7 @@ from fastdiff.methods.base import (
     Need,
     Update,
     any_time,
+    check_falling,
     check_not_negative,
     check_positive,
 )
@@ -54,14 +55,12 @@ class ScoreGapConfig(RoutedStudentConfig):
         self.check_students()
         check_not_negative(guidance_scale=self.guidance_scale, min_timestep=self.min_timestep)
         check_positive(student_update_every=self.student_update_every)
-        if self.fake_score_learning_rate is not None:
-            check_positive(fake_score_learning_rate=self.fake_score_learning_rate)
+        check_positive(fake_score_learning_rate=self.fake_score_learning_rate)
         if self.max_timestep < self.min_timestep:
             raise ValueError(
                 f"max_timestep ({self.max_timestep}) must not be below min_timestep ({self.min_timestep})"
             )
-        if not self.timesteps or list(self.timesteps) != sorted(set(self.timesteps), reverse=True):
-            raise ValueError(f"timesteps must fall strictly, noisiest first, got {self.timesteps}")
+        check_falling(self.timesteps)
         if self.update_rule == "exclusive" and self.student_update_every == 1:
             raise ValueError(
                 "with update_rule exclusive, student_update_every 1 never trains the fake score: take a larger number, "

@@ -14,8 +14,8 @@ from fastdiff.diffusion.prediction import Prediction
 from fastdiff.diffusion.tensors import compute_dtype
 from fastdiff.methods._adversarial import Adversary, check_discriminator
 from fastdiff.methods._prompts import without_prompts
+from fastdiff.methods._rollout import student_sample
 from fastdiff.methods._score_gap import ScoreGap, ScoreGapConfig
-from fastdiff.methods._student import student_sample
 from fastdiff.methods.base import Batch, Context, Group, Need, any_time, check_not_negative, check_positive
 from fastdiff.models.denoiser import Ask, Denoiser, Taps
 

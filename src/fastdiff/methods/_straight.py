@@ -10,8 +10,7 @@ from torch import Tensor
 
 from fastdiff.diffusion.losses import sample_huber, sample_mse
 from fastdiff.diffusion.schedules import LAST_INDEX, NoiseSchedule, Terminal
-from fastdiff.diffusion.tensors import as_times
-from fastdiff.methods._students import SmallStudent, SmallStudentConfig
+from fastdiff.methods._routed_student import SmallStudent, SmallStudentConfig
 from fastdiff.methods.base import Context, check_not_negative, check_positive, time_at
 from fastdiff.models.sampler import SamplerSpec
 
@@ -99,9 +98,3 @@ def line_through(
 def time_of_level(level: Tensor, schedule: NoiseSchedule) -> Tensor:
     """The time at which sigma / (alpha + sigma), a rectified flow's time, is `level`; at most `t_max`."""
     return schedule.time_of_kappa(level / (1 - level))
-
-
-def level_of(t: Tensor, schedule: NoiseSchedule) -> Tensor:
-    """sigma / (alpha + sigma), a rectified flow's time, of each sample."""
-    alpha, sigma = schedule.alpha(as_times(t)), schedule.sigma(as_times(t))
-    return sigma / (alpha + sigma)

@@ -16,7 +16,6 @@ from fastdiff.diffusion.schedules import CLEAN_INDEX, LAST_INDEX
 from fastdiff.diffusion.steps import jump
 from fastdiff.diffusion.tensors import broadcast_to
 from fastdiff.methods._apex_paper import paper_losses
-from fastdiff.methods._continuous import check_falling
 from fastdiff.methods._flow_map import moved_share, noise_share, time_of_share
 from fastdiff.methods._unread import refuse_unread
 from fastdiff.methods.base import (
@@ -24,6 +23,7 @@ from fastdiff.methods.base import (
     Context,
     Method,
     MethodInfo,
+    check_falling,
     check_not_negative,
     check_positive,
     time_at,

@@ -270,10 +270,10 @@ class Method(ABC):
         """Restores `state_dict()`."""
 
 
-def check_positive(**values: float) -> None:
-    """Refuses zero, negative and non-finite hyperparameters by name."""
+def check_positive(**values: float | None) -> None:
+    """Refuses zero, negative and non-finite hyperparameters by name; None is inherited."""
     for name, value in values.items():
-        if not (value > 0 and value < float("inf")):
+        if value is not None and not (value > 0 and value < float("inf")):
             raise ValueError(f"{name} must be a positive finite number, got {value}")
 
 
@@ -282,6 +282,12 @@ def check_not_negative(**values: float) -> None:
     for name, value in values.items():
         if not (value >= 0 and value < float("inf")):
             raise ValueError(f"{name} must be a finite number of at least 0, got {value}")
+
+
+def check_falling(timesteps: tuple[int, ...]) -> None:
+    """Refuses sampling times that do not go from noise to data."""
+    if not timesteps or list(timesteps) != sorted(set(timesteps), reverse=True):
+        raise ValueError(f"timesteps must fall strictly, noisiest first, got {timesteps}")
 
 
 def any_time(ctx: Context, site: str, low: int = 0, high: int | None = None) -> Tensor:

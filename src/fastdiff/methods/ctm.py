@@ -17,8 +17,8 @@ from fastdiff.diffusion.schedules import CLEAN_INDEX, NoiseSchedule
 from fastdiff.diffusion.steps import heun_flow, jump
 from fastdiff.diffusion.tensors import DeviceTable, broadcast_to
 from fastdiff.methods._flow_map import end_input
-from fastdiff.methods._phased import draw_end
 from fastdiff.methods._trajectory import TARGET, Pair, Place, Trajectory, TrajectoryConfig, grid_points, sub_steps
+from fastdiff.methods._trajectory_phases import draw_end
 from fastdiff.methods.base import Batch, Context, MethodInfo, any_time, check_not_negative, check_positive, time_at
 from fastdiff.methods.tscd import jump_sampler
 from fastdiff.models.denoiser import Denoiser

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from fastdiff.diffusion.losses import surrogate
 from fastdiff.methods._adversarial_score_gap import AdversarialScoreGap, AdversarialScoreGapConfig
-from fastdiff.methods._student import drawn_step
+from fastdiff.methods._rollout import drawn_step
 from fastdiff.methods.base import Batch, Context, Group, MethodInfo, any_time, check_not_negative, check_positive
 from fastdiff.models.denoiser import Ask
 

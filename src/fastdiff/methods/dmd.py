@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from fastdiff.diffusion.losses import mse
+from fastdiff.methods._rollout import student_sample
 from fastdiff.methods._score_gap import ScoreGap, ScoreGapConfig
-from fastdiff.methods._student import student_sample
 from fastdiff.methods.base import Batch, Context, MethodInfo, Need, check_not_negative
 
 

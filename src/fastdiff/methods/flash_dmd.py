@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from fastdiff.methods._pixel_adversarial import PixelAdversary
+from fastdiff.methods._rollout import drawn_step, student_sample
 from fastdiff.methods._score_gap import ScoreGap, ScoreGapConfig
-from fastdiff.methods._student import drawn_step, student_sample
 from fastdiff.methods.base import (
     Batch,
     Context,
@@ -21,6 +21,7 @@ from fastdiff.methods.base import (
     TargetNetwork,
     Update,
     check_not_negative,
+    check_positive,
     time_at,
 )
 from fastdiff.models.scorers import Scorer
@@ -58,6 +59,7 @@ class FlashDMDConfig(ScoreGapConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         check_not_negative(gan_weight=self.gan_weight, gan_r1_weight=self.gan_r1_weight)
+        check_positive(discriminator_learning_rate=self.discriminator_learning_rate)
         if not 0 < self.fake_score_decay <= 1:
             raise ValueError(f"fake_score_decay must be above 0 and at most 1, got {self.fake_score_decay}")
         if not 0 < self.high_noise_steps <= len(self.timesteps):

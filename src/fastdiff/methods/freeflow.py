@@ -78,8 +78,7 @@ class FreeFlowConfig:
             )
         check_positive(correction_std=self.correction_std)
         check_adaptive(self.norm_power, self.norm_constant)
-        if self.fake_score_learning_rate is not None:
-            check_positive(fake_score_learning_rate=self.fake_score_learning_rate)
+        check_positive(fake_score_learning_rate=self.fake_score_learning_rate)
         if self.correct_every == 1:
             raise ValueError("correct_every 1 would leave no sample to predict: give 0 (none) or at least 2")
 

@@ -11,9 +11,18 @@ from torch import Tensor, nn
 
 from fastdiff.diffusion.tensors import DeviceTable, broadcast_to
 from fastdiff.methods._adversarial import Adversary, FeatureBlocks, GanLoss, NoiseLaw
-from fastdiff.methods._student import MultiStepInput, student_sample
-from fastdiff.methods._students import RoutedStudent, RoutedStudentConfig
-from fastdiff.methods.base import Batch, Context, Group, MethodInfo, Update, check_not_negative, check_positive
+from fastdiff.methods._rollout import MultiStepInput, student_sample
+from fastdiff.methods._routed_student import RoutedStudent, RoutedStudentConfig
+from fastdiff.methods.base import (
+    Batch,
+    Context,
+    Group,
+    MethodInfo,
+    Update,
+    check_falling,
+    check_not_negative,
+    check_positive,
+)
 from fastdiff.models.denoiser import Denoiser
 from fastdiff.models.sampler import SamplerSpec
 
@@ -58,10 +67,8 @@ class LADDConfig(RoutedStudentConfig):
         self.check_students()
         check_positive(noise_std=self.noise_std, student_update_every=self.student_update_every)
         check_not_negative(gan_r1_weight=self.gan_r1_weight)
-        if self.discriminator_learning_rate is not None:
-            check_positive(discriminator_learning_rate=self.discriminator_learning_rate)
-        if not self.timesteps or list(self.timesteps) != sorted(set(self.timesteps), reverse=True):
-            raise ValueError(f"timesteps must fall strictly, noisiest first, got {self.timesteps}")
+        check_positive(discriminator_learning_rate=self.discriminator_learning_rate)
+        check_falling(self.timesteps)
         if self.update_rule == "exclusive" and self.student_update_every == 1:
             raise ValueError("with update_rule exclusive, student_update_every 1 never trains the discriminator")
         self._check_probabilities()

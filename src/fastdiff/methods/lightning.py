@@ -56,8 +56,7 @@ class LightningConfig(ProgressiveConfig):
         super().__post_init__()
         if self.stage_teacher == "kept":
             dataclasses.replace(self, stage_teacher=PREVIOUS)  # the same rules
-        if self.discriminator_learning_rate is not None:
-            check_positive(discriminator_learning_rate=self.discriminator_learning_rate)
+        check_positive(discriminator_learning_rate=self.discriminator_learning_rate)
         if any(not 0 <= index <= self.first_timestep for index in self.renoise_timesteps):
             raise ValueError(
                 f"renoise_timesteps must be from 0 to {self.first_timestep}, got {self.renoise_timesteps}"

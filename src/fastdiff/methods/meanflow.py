@@ -11,7 +11,7 @@ from torch import Tensor
 
 from fastdiff.diffusion.prediction import Prediction
 from fastdiff.diffusion.schedules import CLEAN_INDEX
-from fastdiff.methods._continuous import check_falling, log_normal_time, ode_direction
+from fastdiff.methods._continuous import log_normal_time, ode_direction
 from fastdiff.methods._flow_map import (
     EndTold,
     adaptive_distance,
@@ -25,6 +25,7 @@ from fastdiff.methods.base import (
     Batch,
     Context,
     MethodInfo,
+    check_falling,
     check_not_negative,
     check_positive,
     time_at,

@@ -9,9 +9,9 @@ from typing import ClassVar
 from torch import Tensor
 
 from fastdiff.methods._adversarial import Adversary
-from fastdiff.methods._phased import check_phases, phase_edge
+from fastdiff.methods._adversarial_trajectory import AdversarialTrajectory, AdversarialTrajectoryConfig
 from fastdiff.methods._prompts import without_prompts
-from fastdiff.methods._trajectory_gan import AdversarialTrajectory, AdversarialTrajectoryConfig
+from fastdiff.methods._trajectory_phases import check_phases, phase_edge
 from fastdiff.methods.base import Batch, Context, MethodInfo
 from fastdiff.models.sampler import SamplerSpec
 

@@ -11,7 +11,8 @@ from torch import Tensor
 from fastdiff.diffusion.prediction import Prediction
 from fastdiff.diffusion.schedules import Terminal
 from fastdiff.diffusion.timesteps import Grid, TimeSampler, Uniform, UShaped
-from fastdiff.methods._straight import MARGIN, Straight, StraightConfig, level_of, line_through, time_of_level
+from fastdiff.methods._flow_map import noise_share
+from fastdiff.methods._straight import MARGIN, Straight, StraightConfig, line_through, time_of_level
 from fastdiff.methods._unread import refuse_unread
 from fastdiff.methods.base import Batch, Context, MethodInfo, check_positive
 
@@ -89,7 +90,7 @@ class RectifiedFlow(Straight):
         prediction = ctx.denoiser(schedule.add_noise(x0, eps, t), t, batch.cond, "student")
         if self.config.objective == "distill":
             return self.clean_terms(prediction.x0, x0, ctx)
-        distance, perceptual = self.weights(level_of(t, schedule))
+        distance, perceptual = self.weights(noise_share(schedule, t))
         terms = {"reflow": (distance * self.sample_distance(*self._compared(prediction, x0, eps))).mean()}
         if self.config.perceptual_weight:
             terms["perceptual"] = (perceptual * self.perceptual(prediction.x0, x0, ctx)).mean()
@@ -105,7 +106,7 @@ class RectifiedFlow(Straight):
         if self.config.objective == "distill":
             return ctx.denoiser.schedule.time_of_index(self._steps.times(u).to(u))
         schedule, start = ctx.denoiser.schedule, self.start(u, ctx)
-        level = self._levels.times(u).clamp(MARGIN, 1 - MARGIN) * level_of(start, schedule)
+        level = self._levels.times(u).clamp(MARGIN, 1 - MARGIN) * noise_share(schedule, start)
         return time_of_level(level, schedule)
 
     def weights(self, level: Tensor) -> tuple[Tensor | float, Tensor | float]:

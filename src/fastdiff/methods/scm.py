@@ -12,7 +12,6 @@ from torch import Tensor
 from fastdiff.diffusion.losses import mse
 from fastdiff.diffusion.prediction import Prediction
 from fastdiff.methods._continuous import (
-    check_falling,
     drop_broken,
     log_kappa_rate,
     log_normal_time,
@@ -26,6 +25,7 @@ from fastdiff.methods.base import (
     Context,
     Method,
     MethodInfo,
+    check_falling,
     check_not_negative,
     check_positive,
 )

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from fastdiff.diffusion.losses import mse
-from fastdiff.methods._students import SmallStudent, SmallStudentConfig
+from fastdiff.methods._routed_student import SmallStudent, SmallStudentConfig
 from fastdiff.methods.base import Batch, Context, MethodInfo, any_time, check_positive
 from fastdiff.models.denoiser import Ask
 from fastdiff.models.sampler import SamplerSpec

@@ -13,8 +13,8 @@ from fastdiff.diffusion.prediction import Prediction
 from fastdiff.diffusion.steps import ddim_eta, er_sde, er_sde_5
 from fastdiff.diffusion.tensors import DeviceTable
 from fastdiff.methods._adversarial import Noisy
+from fastdiff.methods._adversarial_trajectory import AdversarialTrajectory, AdversarialTrajectoryConfig
 from fastdiff.methods._trajectory import Pair, Place, grid_points, sub_steps
-from fastdiff.methods._trajectory_gan import AdversarialTrajectory, AdversarialTrajectoryConfig
 from fastdiff.methods.base import Batch, Context, MethodInfo, any_time, check_positive
 from fastdiff.methods.lcm import LCM, LCMConfig
 

@@ -43,8 +43,7 @@ class SwiftBrushConfig(ScoreGapConfig):
             raise ValueError(f"prompt_dropout must be from 0 to 1, got {self.prompt_dropout}")
         if not -1 <= self.clip_threshold <= 1:
             raise ValueError(f"clip_threshold is a cosine, from -1 to 1, got {self.clip_threshold}")
-        if self.clip_steps is not None:
-            check_positive(clip_steps=self.clip_steps)
+        check_positive(clip_steps=self.clip_steps)
         if self.guidance_range is not None:
             low, high = self.guidance_range
             check_not_negative(guidance_range=low)

@@ -13,12 +13,12 @@ from fastdiff.diffusion.prediction import Prediction
 from fastdiff.diffusion.schedules import LAST_INDEX, NoiseSchedule
 from fastdiff.diffusion.steps import jump
 from fastdiff.diffusion.tensors import broadcast_to
-from fastdiff.methods._continuous import check_falling
 from fastdiff.methods.base import (
     Batch,
     Context,
     Method,
     MethodInfo,
+    check_falling,
     check_not_negative,
     check_positive,
     time_at,
@@ -118,7 +118,7 @@ class TCM(Method):
     def student_loss(self, batch: Batch, ctx: Context) -> Mapping[str, Tensor]:
         """Consistency above the truncation, and agreement with the first stage at it."""
         config = self.config
-        boundary, t = self.times(batch, ctx)
+        boundary, t = self.times(ctx)
         x_t = ctx.denoiser.schedule.add_noise(batch.images(), ctx.random.normal("eps", batch.latent_shape), t)
         student = ctx.denoiser(x_t, t, batch.cond, "student").x0
         distance = self.distance(student, self.target(x_t, t, batch, ctx), t, ctx.denoiser.schedule)
@@ -129,7 +129,7 @@ class TCM(Method):
             "boundary": config.boundary_weight * (at * distance).mean(),
         }
 
-    def times(self, batch: Batch, ctx: Context) -> tuple[Tensor, Tensor]:
+    def times(self, ctx: Context) -> tuple[Tensor, Tensor]:
         """Which samples are at the truncation, and all times, `(B,)`."""
         schedule = ctx.denoiser.schedule
         boundary, u = ctx.random.bernoulli("boundary", self.config.boundary_share), ctx.random.uniform("t")

@@ -9,8 +9,8 @@ from typing import ClassVar, Literal
 from torch import Tensor
 
 from fastdiff.methods._adversarial import weighted
-from fastdiff.methods._phased import check_phases, draw_end, phase_edge
-from fastdiff.methods._trajectory_gan import AdversarialTrajectory, AdversarialTrajectoryConfig
+from fastdiff.methods._adversarial_trajectory import AdversarialTrajectory, AdversarialTrajectoryConfig
+from fastdiff.methods._trajectory_phases import check_phases, draw_end, phase_edge
 from fastdiff.methods._unread import refuse_unread
 from fastdiff.methods.base import Batch, Context, Group, MethodInfo, Update, check_not_negative, check_positive
 from fastdiff.methods.dmd2 import DMD2, DMD2Config

@@ -29,8 +29,7 @@ class AdversarialTrajectoryConfig(TrajectoryConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         check_not_negative(adversarial_weight=self.adversarial_weight)
-        if self.discriminator_learning_rate is not None:
-            check_positive(discriminator_learning_rate=self.discriminator_learning_rate)
+        check_positive(discriminator_learning_rate=self.discriminator_learning_rate)
 
 
 class AdversarialTrajectory(Trajectory):
