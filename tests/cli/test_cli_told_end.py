@@ -6,6 +6,7 @@ import pytest
 import torch
 from cli_helpers import SHORT
 from safetensors.torch import load_file
+from tiny_transformers import build
 
 from fastdiff.cli import main
 from fastdiff.recipes.errors import RecipeError
@@ -48,3 +49,36 @@ def test_runs_export_what_stock_diffusers_samples(
     if method != "scm":
         trained = load_file(next((folder / "checkpoints").glob("step-2")) / "student.safetensors")
         assert trained["time_embedding.cond_proj.weight"].any()
+
+
+def distil(teacher, images, folder, *more):
+    arguments = [
+        "distill",
+        "--teacher",
+        teacher,
+        "--train_data_dir",
+        images,
+        "--student",
+        "full",
+        "--output_dir",
+        folder,
+    ]
+    assert main([str(argument) for argument in [*arguments, "--learning_rate", "0.01", *SHORT, *more]]) == 0
+    return json.loads((folder / "student" / "fastdiff.json").read_text())
+
+
+def test_a_flow_transformer_is_distilled_exported_and_gone_on_from(image_folder, tmp_path):
+    """Told where to jump, and then where to jump from the student that came of it."""
+    teacher = tmp_path / "teacher"
+    build("stable_diffusion_3").save_pretrained(teacher)
+    first = distil(teacher, image_folder, tmp_path / "a", "--method", "ctm", "--num_inference_steps", "2")
+    assert first["load_back"]["ok"] and first["sampler"]["own_steps_only"]
+    begun = ("--init_from", tmp_path / "a" / "student", "--method", "meanflow", "--timesteps", "999", "499")
+    second = distil(teacher, image_folder, tmp_path / "b", *begun)
+    assert second["load_back"]["ok"] and not second["sampler"]["own_steps_only"]
+    trained = load_file(tmp_path / "b" / "checkpoints" / "step-2" / "student.safetensors")
+    assert trained["timestep_slot.cond_proj.weight"].any()
+    pipeline = load_pipeline(tmp_path / "b" / "student")
+    settings = call_settings(tmp_path / "b" / "student")
+    call = {"generator": torch.Generator().manual_seed(0), "output_type": "pt", "height": 32, "width": 32}
+    assert pipeline("a dog", **settings, **call).images.isfinite().all()
