@@ -36,7 +36,7 @@ class FakeStudent:
         effort = EFFORTS[folder.parent.name]
         self.record = SimpleNamespace(method="progressive", kind="full", teacher=teacher, effort=effort)
         self.sampler = type("Sampler", (), {"guidance_scale": 1.0, "__len__": lambda _: 2})()
-        self.name = folder.parent.name
+        self.name, self.folder = folder.parent.name, folder
 
     def pipeline(self):
         return self.name
@@ -52,13 +52,20 @@ def sampled(monkeypatch):
     """What was asked of `evaluate`, with the networks and the pictures left out."""
     asked = []
 
-    def evaluate(pipeline, benchmark, steps, guidance_scale, name, route):
+    def call_settings(folder, steps):
+        return {"num_inference_steps": steps, "guidance_scale": 1.0, "eta": 0.3}
+
+    def evaluate(pipeline, benchmark, steps, guidance_scale, name, route, extra):
+        assert guidance_scale == 1.0 and extra == {
+            "eta": 0.3
+        }  # all that the student's sampler wants reaches the pipeline
         asked.append((route([]) if route else pipeline, steps))
         return row(name, float(steps))
 
     calls = {"floor": None, "teacher": 50.0, "undistilled-1-matched": 1.0, "undistilled-2-matched": 2.0}
     rows = [row(name, count) for name, count in calls.items()]
     monkeypatch.setattr("fastdiff.evaluation.evaluate", evaluate)
+    monkeypatch.setattr("fastdiff.recipes.student.call_settings", call_settings)
     monkeypatch.setattr("fastdiff.evaluation.open_protocol", lambda name: name)
     monkeypatch.setattr("fastdiff.evaluation.baselines.load_rows", lambda *_: rows)
     monkeypatch.setattr("fastdiff.recipes.Student", FakeStudent)

@@ -70,7 +70,8 @@ def student_weights(trainer: Trainer, folder: Path) -> dict[str, Tensor]:
     files = sorted((folder / component).glob("*.safetensors"))
     if not files:
         raise FileNotFoundError(f"init_from {folder} holds no {component}/*.safetensors: it is not a full student")
-    weights = {name: tensor for file in files for name, tensor in load_file(file).items()}
+    buffers = {name for name, _ in roles.network("student").named_buffers()}  # e.g. positions, which are not trained
+    weights = {name: tensor for file in files for name, tensor in load_file(file).items() if name not in buffers}
     own = roles.state_dict("student")
     if UNET_SLOT not in own and not weights.get(UNET_SLOT, Tensor([])).any():
         weights.pop(UNET_SLOT, None)  # zeros that the export adds to switch guidance off
