@@ -1,9 +1,13 @@
 """From pairs to exported students through the command line: what one folder of pairs serves."""
 
+import json
+
 import pytest
+import torch
 import yaml
 from cli_helpers import SHORT
 
+from fastdiff import Student
 from fastdiff.cli import main
 
 STUDENTS = ("full", pytest.param("lora", marks=pytest.mark.slow))
@@ -48,6 +52,19 @@ def test_slimflow_is_guided_by_its_first_stage(tmp_path, tiny_sd_folder, pairs_f
     renamed = {name.replace(".guide.weight", ".student.weight"): tensor for name, tensor in guide.items()}
     assert renamed.keys() == before.keys() and all((renamed[n] == before[n]).all() for n in before)
     assert (tmp_path / "run" / "stage-2-distill" / "student" / "fastdiff.json").is_file()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("student", ["full", "lora"])
+def test_one_reflow_trained_better_is_sampled_by_stock_diffusers(tmp_path, tiny_sd_folder, pairs_folder, student):
+    run(tmp_path, tiny_sd_folder, pairs_folder, method="rfpp", student=student, num_inference_steps=2)
+    found = Student(tmp_path / "run" / "student")
+    record = json.loads((found.folder / "fastdiff.json").read_text())
+    assert record["load_back"]["ok"] and record["load_back"]["max_error"] < 1e-4
+    pipeline = found.pipeline()
+    images = pipeline("a dog", generator=torch.Generator().manual_seed(0), output_type="pt", **found.call).images
+    assert images.isfinite().all()
+    assert pipeline.scheduler.timesteps.tolist() == [999, 499]
 
 
 @pytest.mark.slow

@@ -26,14 +26,28 @@ RUNS = {
             {"name": "last", "init_from": "first", "num_inference_steps": 1, "stage_teacher": "previous"},
         ],
     },
+    "tcm": {
+        "stages": [{"name": "first", "method": "lcm", "guidance_scale": 2.0}, {"name": "last", "init_from": "first"}],
+    },
     "tcd": {"num_inference_steps": 2, "eta": 0.3},
     "ctm": {"num_inference_steps": 2, "eta": 1.0, "student": "full"},
+    "pcm": {"num_phases": 2},
+    "scott": {"num_inference_steps": 2},
+    "rcm": {"timesteps": [999, 499], "tangent_warmup": 0, "fake_score": "lora"},
+    "perflow": {"solver_steps": 2},
+    "guidance_distillation": {"num_inference_steps": 2, "guidance_scale": 3.0},
 }
 SAMPLERS = {
     "tscd": ("DDIMScheduler", [999, 499]),
     "progressive": ("DDIMScheduler", [999]),
     "tcd": ("TCDScheduler", [999, 499]),
+    "tcm": ("LCMScheduler", [999]),
     "ctm": ("LCMScheduler", [999, 499]),
+    "pcm": ("DDIMScheduler", [999, 499]),
+    "scott": ("LCMScheduler", [999, 499]),
+    "rcm": ("LCMScheduler", [999, 499]),
+    "perflow": ("DDIMScheduler", [999, 749, 499, 249]),
+    "guidance_distillation": ("DDIMScheduler", [999, 499]),
 }
 
 

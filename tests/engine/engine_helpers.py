@@ -20,6 +20,16 @@ class Latents(PromptData):
         return super().__getitem__(index) | {"latents": latents}
 
 
+class Pairs(Latents):
+    """The same with noise beside the latents, as stored pairs have it."""
+
+    def __getitem__(self, index):
+        item = index if isinstance(index, int) else index.item
+        return super().__getitem__(index) | {
+            "noise": torch.randn(self.shape, generator=torch.Generator().manual_seed(100 + item))
+        }
+
+
 def weights(trainer) -> dict[str, torch.Tensor]:
     """Every trained tensor, optimizer state and average of a run, by name."""
     return {

@@ -67,17 +67,22 @@ def test_a_term_of_zero_weight_changes_nothing(make_trainer, tmp_path):
     assert_close({name: a[name] for name in student}, {name: b[name] for name in student}, 1e-7)
 
 
+METHODS = {
+    "dmd2": "DMD2(DMD2Config(student_update_every=2, timesteps=(999, 499), gan_weight=1e-3))",
+    "lcm": "LCM(LCMConfig())",
+    "rectified_flow": "RectifiedFlow(RectifiedFlowConfig())",
+    "scm": "SCM(SCMConfig(tangent_warmup=0))",
+}
 PROCESS = """
 import json, sys
 sys.path[:0] = [{root!r} + "/tests", {root!r} + "/tests/engine"]
 import torch
 import conftest as pipelines
-from engine_helpers import PROMPTS, Latents, weights
+from engine_helpers import PROMPTS, Pairs, weights
 from fastdiff.engine import Settings, Trainer
-from fastdiff.methods import DMD2, DMD2Config
+from fastdiff.methods import DMD2, LCM, SCM, DMD2Config, LCMConfig, RectifiedFlow, RectifiedFlowConfig, SCMConfig
 from fastdiff.models.teacher import Teacher
-config = DMD2Config(student_update_every=2, timesteps=(999, 499), gan_weight=1e-3)
-trainer = Trainer(DMD2(config), Teacher(pipelines.build_tiny_sd(), "tiny"), Latents(PROMPTS),
+trainer = Trainer({method}, Teacher(pipelines.build_tiny_sd(), "tiny"), Pairs(PROMPTS),
     Settings(output_dir={folder!r}, max_train_steps=3, train_batch_size={batch}, lora_rank=4, report_to="none", log_every=1))
 for optimizer in trainer.optimizers.values():
     optimizer.optimizer = torch.optim.SGD(optimizer.parameters, lr=1e-2, fused=True)
@@ -93,9 +98,9 @@ if trainer.is_main:
 """
 
 
-def _launch(folder: Path, processes: int, batch: int) -> tuple[int, list[dict[str, float]]]:
+def _launch(folder: Path, method: str, processes: int, batch: int) -> tuple[int, list[dict[str, float]]]:
     script = folder.with_suffix(".py")
-    script.write_text(PROCESS.format(root=str(ROOT), folder=str(folder), batch=batch))
+    script.write_text(PROCESS.format(root=str(ROOT), folder=str(folder), batch=batch, method=METHODS[method]))
     command = [
         sys.executable,
         "-m",
@@ -113,11 +118,12 @@ def _launch(folder: Path, processes: int, batch: int) -> tuple[int, list[dict[st
 
 
 @pytest.mark.launch
-def test_two_real_processes_equal_one(tmp_path):
+@pytest.mark.parametrize("method", [m if m == "dmd2" else pytest.param(m, marks=pytest.mark.slow) for m in METHODS])
+def test_two_real_processes_equal_one(method, tmp_path):
     from safetensors.torch import load_file
 
-    one, one_losses = _launch(tmp_path / "one", 1, 4)
-    two, two_losses = _launch(tmp_path / "two", 2, 2)
+    one, one_losses = _launch(tmp_path / "one", method, 1, 4)
+    two, two_losses = _launch(tmp_path / "two", method, 2, 2)
     assert (one, two) == (1, 2)
     for a, b in zip(one_losses, two_losses, strict=True):
         for name in a:
