@@ -163,7 +163,7 @@ CLAIMS = (
         "without its matching term, guidance augmentation alone loses modes",
         "total_variation",
         {"both terms": _guided(), "augmentation alone": _guided(matching_weight=0.0)},
-        limits="w = 3",
+        limits="at w = 3",
     ),
     Claim(
         "moments_for_matching",
@@ -175,7 +175,7 @@ CLAIMS = (
             "augmentation alone": _guided(KERNEL, matching_weight=0.0),
         },
         world=WORLDS["kernel"],
-        limits="w = 3",
+        limits="at w = 3",
     ),
     Claim(
         "gan_for_matching",
