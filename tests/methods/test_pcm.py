@@ -71,13 +71,14 @@ def test_grid_of_the_paper_that_does_not_fit_is_refused_with_a_remedy():
 @SCHEDULES
 @pytest.mark.parametrize("kind", ["epsilon", "v_prediction", "sample", "flow"])
 def test_at_the_edge_the_map_is_its_input_whatever_the_network(schedule, kind):
+    torch.manual_seed(0)
     network = PointNet(3, 1).double()
     denoiser = denoiser_of(network, schedule, kind)
     x, index = torch.randn(3, 3, 1, 1, dtype=torch.float64), torch.tensor([24, 249, 749])
     t = schedule.time_of_index(index)
     prediction = denoiser(x, t, batch_of(3, 3).cond, "teacher")
     torch.testing.assert_close(method().reach(prediction, t), x, rtol=0, atol=1e-12)
-    assert not torch.allclose(method().reach(prediction, schedule.time_of_index(index - 20)), x, atol=1e-2)
+    assert not torch.allclose(method().reach(prediction, schedule.time_of_index(index - 20)), x, atol=1e-4)
 
 
 # Optimum
