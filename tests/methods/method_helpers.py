@@ -177,13 +177,17 @@ def run(
         for update in method.updates(step):
             if optimizers.keys().isdisjoint(update.trains):
                 continue  # an oracle's turn
-            trained = [p for group in update.trains for p in denoiser.roles.parameters(group)]
+            trained = [p for group in update.trains for p in _parameters(group, denoiser, modules or {})]
             sum(update.loss(batch, ctx).values()).backward(inputs=trained) if trained else None
             for group in update.trains:
                 if group in optimizers:
                     optimizers[group].step()
                     optimizers[group].zero_grad()
         after(step)
+
+
+def _parameters(group: str, denoiser: Denoiser, modules: Mapping) -> list[nn.Parameter]:
+    return list(modules[group].parameters()) if group in modules else denoiser.roles.parameters(group)
 
 
 def settle(loss: Callable[[], Tensor], weights: list[nn.Parameter], sweeps: int = 1) -> None:

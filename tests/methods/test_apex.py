@@ -257,6 +257,7 @@ def embedded_batch(latents: torch.Tensor) -> Batch:
     return Batch(torch.arange(rows), cond, Conditioning({"prompt_embeds": torch.zeros(1, 1)}), (1, 1, 1), latents)
 
 
+@pytest.mark.slow
 def test_the_printed_losses_collapse_one_step_samples_to_the_mean():
     """Near t = 1 the fixed point of the printed losses is a constant: documents why `code` is the default."""
     schedule, rows = FlowSchedule(), 512
