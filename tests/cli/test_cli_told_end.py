@@ -67,6 +67,7 @@ def distil(teacher, images, folder, *more):
     return json.loads((folder / "student" / "fastdiff.json").read_text())
 
 
+@pytest.mark.slow
 def test_a_flow_transformer_is_distilled_exported_and_gone_on_from(image_folder, tmp_path):
     """Told where to jump, and then where to jump from the student that came of it."""
     teacher = tmp_path / "teacher"
