@@ -37,9 +37,9 @@ passes count forward 1, backward 1 (2 with weight gradients), recomputation 1. M
 
 
 TUNING = """
-How recipes were found: settings were tried on the validation prompts (`emoji-2k-validation/tower-v1`) with seed 0, at most
-four runs of about 800 steps x 32 samples a recipe, starting from those of `dmd2_1step` (methods of scores) or `lcm_lora`
-(trajectories); what was tried is learning rate, start time, time range, loss and the weights of added terms. Test prompts
+How recipes were found: settings were tried on the validation prompts (`emoji-2k-validation/tower-v1`) with seed 0, up to
+about four runs of 800 steps x 32 samples a recipe, starting from those of `dmd2_1step` (methods of scores) or `lcm_lora`
+(trajectories), which took more themselves; what was tried is learning rate, start time, time range, loss and the weights of added terms. Test prompts
 were then scored once a student. Recipes marked so below were scored twice: a first version went wrong, and its reason
 was found on validation prompts.
 """
