@@ -125,7 +125,8 @@ class RatioWeight:
     def _bin_means(self, r: Tensor, place: Tensor, global_mean: Mean) -> Tensor:
         """The updated mean of each sample's part."""
         number = (place * self.bins).long().clamp(0, self.bins - 1)
-        member = torch.nn.functional.one_hot(number, self.bins).to(r.dtype)
+        # Not one_hot, which waits for the device to check its numbers.
+        member = (number[:, None] == torch.arange(self.bins, device=r.device)).to(r.dtype)
         # Means of sums and of counts, so that a part which some process has no sample of is still averaged rightly.
         total, count = global_mean(torch.stack([r @ member, member.sum(0)]))
         now, old = total / count.clamp_min(torch.finfo(r.dtype).tiny), self.means.to(r)
