@@ -55,7 +55,7 @@ def run_here(name: str, kinds: Kinds, size: str, batch: int, pairs: int, resolut
     from fastdiff.planning.measure_step import take_steps
 
     settings: dict[str, Any] = {key: kind for key, kind in zip(("student", "fake_score"), kinds, strict=True) if kind}
-    take_steps(name, "tiny", 1, settings, times=1)  # libraries load much of their code when it is first used
+    take_steps(name, "tiny", batch, settings, times=1)  # libraries load much of their code when it is first used
     gc.collect()
     before = resident("VmRSS")
     if resolution:

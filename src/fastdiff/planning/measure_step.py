@@ -33,9 +33,13 @@ NETWORKS_ONLY: dict[str, dict[str, Any]] = {
     "msd": {"students": 1},
     "disback": {"degradation_steps": 2, "path_nodes": 1},
     "rcm": {"tangent_warmup": 1},
+    "freeflow": {"correct_every": 2},
 }
 """Where a method's defaults decode samples to look at pixels, its latent form is measured; msd is measured as one
-student, since what is routed is chosen with the data; what opens a run is short, so that its later turns are seen."""
+student, since what is routed is chosen with the data; what opens a run is short, so that its later turns are seen; FreeFlow
+corrects every second sample, so that two are a batch."""
+ADAPTERS: dict[str, dict[str, Any]] = {"apex": {"losses": "paper"}}
+"""What adapters can train of a method whose defaults widen the network."""
 _HORIZON = 64
 """Steps that are searched for turns of every kind."""
 
@@ -73,7 +77,7 @@ def measure(
         times = list(interleaved(step, bare.step, pairs, trainer.device))
     return {
         "method": name,
-        "config": _config(name),
+        "config": _config(name, (settings or {}).get("student")),
         "size": size,
         "latent": list(work.latent_shape),
         "batch": batch,
@@ -108,7 +112,7 @@ def middle_blueprint(size: str) -> Blueprint:
 
 def _trainer(name: str, size: str, batch: int, folder: str, changes: Mapping[str, Any]) -> Trainer:
     method = method_named(name)
-    built = method(method.Config(**_config(name)))
+    built = method(method.Config(**_config(name, changes.get("student"))))
     blueprint = middle_blueprint(size)
     teacher = PlannedTeacher(blueprint, schedule_from_config(dict(blueprint.scheduler)), torch.float32, False)
     teacher.fill()
@@ -123,12 +127,13 @@ def _trainer(name: str, size: str, batch: int, folder: str, changes: Mapping[str
     return Trainer(built, teacher, PromptData(["a prompt"]), settings, accelerator=PlannedProcess())
 
 
-def _config(name: str) -> dict[str, Any]:
+def _config(name: str, student: str | None) -> dict[str, Any]:
     """What differs from the method's defaults: the student steps as often as the rule of its updates allows."""
     config = method_named(name).Config
     fields = {field.name: field.default for field in dataclasses.fields(config)}
     every = 2 if fields.get("update_rule") == "exclusive" else 1
-    return ({"student_update_every": every} if "student_update_every" in fields else {}) | NETWORKS_ONLY.get(name, {})
+    own = NETWORKS_ONLY.get(name, {}) | (ADAPTERS.get(name, {}) if student == "lora" else {})
+    return ({"student_update_every": every} if "student_update_every" in fields else {}) | own
 
 
 def _steps(method: Method) -> list[int]:
