@@ -62,9 +62,9 @@ COSTS = """
 ## Cost of a step
 
 Peak resident memory of a step above that after imports, and its time beside that of its network passes made bare, by
-what is trained: SD-shaped UNet of about 50 M weights, latents of 16 x 16 (128 px), float32, one core, batch 2.
-The mean of three steps beside other work on the machine: the ratio is of one run, the seconds are not to be compared
-between rows. Made by `fastdiff bench methods --resolution 128 --pairs 3`.
+what is trained: SD-shaped UNet of about 50 M weights, latents of 16 x 16 (128 px), float32, one core, batch 2
+(`apex`: 4). Medians of three steps, beside other work on the machine: the ratio is of one run, the seconds are not to be
+compared between rows. Made by `fastdiff bench methods --resolution 128 --pairs 3`.
 
 | method | student | critics | peak MiB | step s | bare s | ratio |
 | --- | --- | --- | --- | --- | --- | --- |

@@ -11,6 +11,8 @@ from fastdiff.methods import Method
 
 Kinds = tuple[str, str | None]
 """Of the student and of the critics; None where a method has no critics."""
+LEAST_BATCH = {"freeflow": 2, "apex": 4}
+"""Where a method splits its batch."""
 
 
 def combinations(method: type[Method]) -> list[Kinds]:
@@ -22,13 +24,14 @@ def combinations(method: type[Method]) -> list[Kinds]:
 def measure(
     name: str, kinds: Kinds, size: str, batch: int, pairs: int, resolution: int | None = None
 ) -> dict[str, Any]:
-    """The numbers of `run_here`, from a process of its own.
+    """The numbers of `run_here`, from a process of its own; its batch may be larger, see `LEAST_BATCH`.
 
     Raises:
         RuntimeError: if the process failed, with the end of what it said.
     """
+    rows = max(batch, LEAST_BATCH.get(name, 1))
     told = json.dumps(
-        {"name": name, "kinds": kinds, "size": size, "batch": batch, "pairs": pairs, "resolution": resolution}
+        {"name": name, "kinds": kinds, "size": size, "batch": rows, "pairs": pairs, "resolution": resolution}
     )
     command = [sys.executable, "-m", "fastdiff.planning.measure_methods", told]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
