@@ -46,6 +46,8 @@ was found on validation prompts.
 REASONS = """
 ### What stands behind single rows
 
+Figures are measured. Where a cause is given without a run that shows it, it is how logs and losses were read.
+
 """
 CLOSED_FORMS = """
 ## Closed forms

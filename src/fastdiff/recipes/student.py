@@ -64,7 +64,8 @@ def call_settings(folder: str | Path, steps: int | None = None, guidance_scale: 
     folder = Path(folder)
     if not folder.is_dir():
         raise FileNotFoundError(f"no folder {folder}: give a pipeline folder or a student folder")
-    call = Student(folder).call if (folder / RECORD_FILE).is_file() else {"guidance_scale": 0.0}
+    student = Student(folder) if (folder / RECORD_FILE).is_file() else None
+    call = student.call if student else {"guidance_scale": 0.0}
     given = {"num_inference_steps": steps, "guidance_scale": guidance_scale}
     call |= {name: value for name, value in given.items() if value is not None}
     if steps is not None and len(call.get("sigmas", ())) != steps:
@@ -72,19 +73,12 @@ def call_settings(folder: str | Path, steps: int | None = None, guidance_scale: 
     if call.get("num_inference_steps", 0) < 1:
         found = f"got {steps}" if steps is not None else f"and {folder} is no student that knows it"
         raise RecipeError(f"--num_inference_steps must be at least 1, {found}")
-    _check_own_steps(folder, call["num_inference_steps"])
-    return call
-
-
-def _check_own_steps(folder: Path, steps: int) -> None:
-    if not (folder / RECORD_FILE).is_file():
-        return
-    own = read_record(folder).sampler
-    if own.own_steps_only and steps != len(own):
+    if student and student.sampler.own_steps_only and call["num_inference_steps"] != len(student.sampler):
         raise RecipeError(
-            f"{folder} was told where each of its {len(own)} steps ends, and that is part of its weights now: leave "
-            f"--num_inference_steps out, or train a student of {steps} steps"
+            f"{folder} was told where each of its {len(student.sampler)} steps ends, and that is part of its weights now: "
+            f"leave --num_inference_steps out, or train a student of {steps} steps"
         )
+    return call
 
 
 def load_pipeline(
