@@ -27,8 +27,8 @@ class DecoupledDMDConfig(AdversarialScoreGapConfig):
         augmentation_times: noise levels of the augmentation term: those cleaner than the input of the student's drawn
             step (the paper's choice), or the whole range.
         matching_times: the same choice for the matching term; the paper takes the whole range.
-        matching_weight: weight of the matching term; at 0, without a GAN, there is no fake score at all and every step is the
-            student's.
+        matching_weight: weight of the matching term; at 0, without a GAN, there is no fake score at all and every step
+            is the student's.
         moments_weight: weight of the regulariser that pulls each sample's mean and variance to the two below.
         moments_mean, moments_variance: of a clean sample; the defaults are the paper's for SDXL's latents.
     """

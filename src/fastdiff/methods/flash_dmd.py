@@ -42,9 +42,8 @@ class FlashDMDConfig(ScoreGapConfig):
         gan_r1_weight: weight of the approximate R1 penalty of the discriminator.
         discriminator_learning_rate: learning rate of the heads; the student's if not given.
         fake_score_decay: share of its own weights that the fake score keeps after each of its steps, the rest being
-            the student's; 1 pulls nowhere. The paper's value is not public; on the embedded
-            teacher 0.97 left no score of the student, 0.999 did.
-            Below 1 both must be full networks: pulling one adapter to another is not the paper's LoRA run either.
+            the student's; 1 pulls nowhere. The paper's value is not public; on the embedded teacher 0.97 left
+            no score of the student, 0.999 did leave one. Below 1 both must be full networks: pulling one adapter to another is not the paper's LoRA run either.
     """
 
     guidance_scale: float = 8.0
