@@ -100,8 +100,7 @@ class LADD(RoutedStudent):
     The teacher's weights get no gradient; the student's passes through them into x. The data should be the teacher's
     own guided samples (`fastdiff pairs`), whose guidance the student then takes over. The heads see noise level and
     text through the teacher's features only; the paper's are told both. With softplus losses and optimal heads on the
-    noised samples themselves,
-    the student descends the softened reverse KL divergence of f-distill (h = 1 / (1 + r)).
+    noised samples themselves, the student descends the softened reverse KL divergence of f-distill (h = 1 / (1 + r)).
     """
 
     info = MethodInfo(
