@@ -5,6 +5,8 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+# Gigabytes of wheels: a torn connection starts the whole command anew, as resuming may meet the same tear again.
+INSTALL := for i in 1 2 3; do $(BIN)/pip install --quiet --retries 10 $$wanted && exit 0; sleep 20; done; exit 1
 export OMP_NUM_THREADS ?= 1
 export HF_HUB_OFFLINE ?= 1
 export TOKENIZERS_PARALLELISM ?= false
@@ -13,9 +15,9 @@ export TOKENIZERS_PARALLELISM ?= false
 
 $(STAMP): pyproject.toml
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install --quiet --upgrade pip
-	$(BIN)/pip install --quiet torch==2.14.1 torchvision==0.29.1
-	$(BIN)/pip install --quiet -e '.[dev]'
+	wanted="--upgrade pip"; $(INSTALL)
+	wanted="torch==2.14.1 torchvision==0.29.1"; $(INSTALL)
+	wanted="-e .[dev]"; $(INSTALL)
 	touch $(STAMP)
 
 demo: $(STAMP)
