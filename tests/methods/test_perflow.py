@@ -135,6 +135,19 @@ def test_golden_slopes_of_the_target_under_an_exact_teacher(start, end, golden):
     torch.testing.assert_close(eps, (x_e - scale[:, None] * x_s) / sigma[:, None], rtol=0, atol=1e-12)
 
 
+@pytest.mark.parametrize(
+    ("index", "weight"), [(0, 0.435217826), (499, 0.869565217), (949, 4.347826087), (999, 4.347826087)]
+)
+def test_reweighting_favours_noise_up_to_the_last_tenth(index, weight):
+    denoiser, draws = (
+        gaussian_denoiser(student=AffinePerBin(1, [float(index)]).double()),
+        {"t": torch.tensor([index] * 8)},
+    )
+    plain, weighted = (student_loss(method(reweighting=on), denoiser, 8, draws)["perflow"] for on in (False, True))
+    assert plain > 0
+    assert (weighted / plain).item() == pytest.approx(weight, abs=1e-7)
+
+
 def test_one_solver_step_a_window_gives_the_teachers_own_noise():
     x, t, s = noise(4), f64([749.0] * 4), f64([499.0] * 4)
     prediction = Prediction.from_x0(LAW.denoise(x, t, SD), x, t, SD)
@@ -280,6 +293,7 @@ def test_the_teacher_of_an_adapter_gets_no_gradient(tiny_sd, tmp_path):
         ({"prompt_dropout": 1.5}, "prompt_dropout"),
         ({"solver_steps": 0}, "solver_steps"),
         ({"solver_steps": 251}, "solver steps"),
+        ({"reweighting": True, "loss_type": "huber"}, "loss_type: l2"),
     ],
 )
 def test_bad_settings_are_named(config, named):
