@@ -83,6 +83,64 @@ def test_differences_err_with_the_square_of_their_step(monkeypatch):
     assert slopes == pytest.approx([2] * 3, abs=0.15)
 
 
+class Rippled(nn.Module):
+    """A network whose prediction ripples as its time input does, and that notes what times it is asked at."""
+
+    def __init__(self, network: nn.Module, size: float) -> None:
+        super().__init__()
+        self.network, self.size, self.asked = network, size, []
+        self.register_buffer("anchor", torch.zeros(()))
+
+    def forward(self, x, time, labels):
+        self.asked.append(time)
+        return self.network(x, time, labels) + self.size * time.sin()[:, None, None, None]
+
+
+def trajectory(denoiser: Denoiser, times) -> tuple[Point, Point]:
+    x, t = normal(4, 2, 1, 1), torch.tensor(times, dtype=torch.float64)
+    return Point(x, t), Point(pf_velocity(denoiser(x, t, LABELS, "teacher")), torch.ones_like(t))
+
+
+@pytest.mark.parametrize("schedule", [SD, FlowSchedule()])
+def test_a_chord_of_whole_periods_does_not_see_ripples_of_the_time_embedding(schedule):
+    """Ripples of a hundredth are nearly all of the derivative in time; a chord errs with the square of its width."""
+    kind = "epsilon" if schedule is SD else "flow"
+    smooth = analytic(ExactNetwork(LAW, schedule, kind), schedule, kind)
+    rippled = analytic(Rippled(ExactNetwork(LAW, schedule, kind), 0.01), schedule, kind)
+    indices = torch.tensor([150.0, 400.0, 650.0, 900.0], dtype=torch.float64)
+    at, along = trajectory(smooth, schedule.time_of_index(indices).tolist())
+
+    def found(denoiser, **how):
+        return Tangents(**how)(denoiser, LABELS, "teacher", at, along).derivative
+
+    true = found(smooth, route="forward")
+    assert distance(found(rippled, route="forward"), true) > 1
+    errors = [distance(found(smooth, chord=width * math.pi), true) for width in (4, 2)]
+    assert errors[1] < 0.01 and (schedule is SD or errors[0] / errors[1] == pytest.approx(4, rel=0.1)), errors
+    for width in (2, 4):
+        wide = {"chord": width * math.pi}
+        torch.testing.assert_close(found(rippled, **wide), found(smooth, **wide), rtol=0, atol=1e-9)
+
+
+@pytest.mark.parametrize("sign", [1, -1])
+def test_a_chord_stays_in_the_times_the_network_knows(sign):
+    network = Rippled(ExactNetwork(LAW, SD, "epsilon"), 0.0)
+    at, along = trajectory(analytic(network, SD, "epsilon"), [0.0, 3.0, 997.0, 999.0])
+    network.asked.clear()
+    turned = Point(sign * along.x, sign * along.t)
+    Tangents(chord=10.0)(analytic(network, SD, "epsilon"), LABELS, "teacher", at, turned)
+    ends = torch.stack(network.asked).sort(0).values
+    torch.testing.assert_close(ends[0], torch.tensor([0.0, 0.0, 989.0, 989.0], dtype=ends.dtype), rtol=0, atol=1e-6)
+    torch.testing.assert_close(ends[1] - ends[0], torch.full_like(ends[0], 10.0), rtol=0, atol=1e-6)
+
+
+def test_a_chord_needs_a_direction_in_time():
+    denoiser = analytic(ExactNetwork(LAW, SD, "epsilon"), SD, "epsilon")
+    at, along = trajectory(denoiser, [100.0, 200.0, 300.0, 400.0])
+    with pytest.raises(ValueError, match="chord"):
+        Tangents(chord=4.0)(denoiser, LABELS, "teacher", at, Point(along.x, None))
+
+
 def unet(pipeline_unet: nn.Module, student: str) -> Denoiser:
     spec = AdapterSpec(4, 4.0, ("to_q", "conv1", "time_emb_proj")) if student == "lora" else FullSpec()
     roles = Roles(pipeline_unet, {"student": spec})

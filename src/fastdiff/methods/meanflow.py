@@ -53,6 +53,8 @@ class MeanFlowConfig:
         norm_power: each sample's loss is divided by its own value to this power, without gradient; 0 is plain.
         norm_constant: added to the value first. Here the value is a mean over a sample's numbers, in the paper their
             sum: the paper's 1e-3 would be 1e-3 over the count of numbers here, so that the default normalises less.
+        tangent_chord: if above zero, the student's rate of change is taken over so many indices of time, not at one:
+            for networks whose time embedding turns fast, as Stable Diffusion's does (`fastdiff.models.tangents`).
     """
 
     guidance_scale: float = 1.0
@@ -64,9 +66,10 @@ class MeanFlowConfig:
     sampling: Literal["renoise", "jump"] = "renoise"
     norm_power: float = 1.0
     norm_constant: float = 1e-3
+    tangent_chord: float = 0.0
 
     def __post_init__(self) -> None:
-        check_not_negative(guidance_scale=self.guidance_scale)
+        check_not_negative(guidance_scale=self.guidance_scale, tangent_chord=self.tangent_chord)
         check_positive(time_std=self.time_std)
         check_adaptive(self.norm_power, self.norm_constant)
         check_falling(self.timesteps)
@@ -105,7 +108,7 @@ class MeanFlow(EndTold):
 
     def __init__(self, config: MeanFlowConfig) -> None:
         super().__init__(config)
-        self.tangents = Tangents()
+        self.tangents = Tangents(chord=config.tangent_chord)
 
     def sampler(self) -> SamplerSpec:
         if self.config.sampling == "renoise":

@@ -33,6 +33,8 @@ class RCMConfig(ScoreGapConfig):
         tangent_warmup: steps in which the unstable part of the tangent grows in and the student learns it alone.
         tangent_norm: what a tangent is divided by besides `tangent_constant`: its root mean square, or its length.
         tangent_constant: added to the norm.
+        tangent_chord: if above zero, the student's rate of change is taken over so many indices of time, not at one:
+            for networks whose time embedding turns fast, as Stable Diffusion's does (`fastdiff.models.tangents`).
     """
 
     guidance_scale: float = 5.0
@@ -45,10 +47,12 @@ class RCMConfig(ScoreGapConfig):
     tangent_warmup: int = 1000
     tangent_norm: Literal["rms", "l2"] = "rms"
     tangent_constant: float = 0.1
+    tangent_chord: float = 0.0
 
     def __post_init__(self) -> None:
         super().__post_init__()
         check_not_negative(consistency_weight=self.consistency_weight, tangent_warmup=self.tangent_warmup)
+        check_not_negative(tangent_chord=self.tangent_chord)
         check_positive(time_std=self.time_std, tangent_constant=self.tangent_constant)
 
 
@@ -77,7 +81,7 @@ class RCM(ScoreGap):
 
     def __init__(self, config: RCMConfig) -> None:
         super().__init__(config)
-        self.tangents = Tangents()
+        self.tangents = Tangents(chord=config.tangent_chord)
 
     def needs(self) -> Need:
         return "images"

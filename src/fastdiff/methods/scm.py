@@ -57,6 +57,8 @@ class SCMConfig:
         tangent_norm: what a tangent is divided by besides `tangent_constant`: its root mean square, which does not
             depend on the resolution (FastGen's default), or its length (`l2`, the paper's).
         tangent_constant: added to the norm.
+        tangent_chord: if above zero, the student's rate of change is taken over so many indices of time, not at one:
+            for networks whose time embedding turns fast, as Stable Diffusion's does (`fastdiff.models.tangents`).
     """
 
     guidance_scale: float = 1.0
@@ -66,9 +68,11 @@ class SCMConfig:
     tangent_warmup: int = 10000
     tangent_norm: Literal["rms", "l2"] = "rms"
     tangent_constant: float = 0.1
+    tangent_chord: float = 0.0
 
     def __post_init__(self) -> None:
         check_not_negative(guidance_scale=self.guidance_scale, tangent_warmup=self.tangent_warmup)
+        check_not_negative(tangent_chord=self.tangent_chord)
         check_positive(time_std=self.time_std, tangent_constant=self.tangent_constant)
         check_falling(self.timesteps)
 
@@ -103,7 +107,7 @@ class SCM(Method):
 
     def __init__(self, config: SCMConfig) -> None:
         super().__init__(config)
-        self.tangents = Tangents()
+        self.tangents = Tangents(chord=config.tangent_chord)
 
     def sampler(self) -> SamplerSpec:
         return SamplerSpec("lcm", self.config.timesteps)

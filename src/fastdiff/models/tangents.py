@@ -4,6 +4,10 @@ Forward-mode differentiation gives it in one pass of about two and a half evalua
 network supports it; attention is computed by its plain formula meanwhile, since fused kernels have no forward
 derivative. Where the network refuses, a central difference of two evaluations takes its place. Either way the network
 runs in float32 or better: in bf16 neither is usable.
+
+Networks told a time by sinusoids that turn within a few indices, as Stable Diffusion's are, carry ripples of that
+period: too small to matter for the prediction, but most of its derivative, and training on that makes them grow
+(SANA-Sprint, arXiv 2503.09641, trains its teacher anew with slower sinusoids). A chord of a few indices sees past them.
 """
 
 from __future__ import annotations
@@ -78,10 +82,12 @@ class Tangents:
 
     Args:
         route: take this one instead.
+        chord: if above zero, how many indices of time wide a central difference takes the derivative's place; both of
+            its points lie in the times the network knows, so that at the noisiest it looks back.
     """
 
-    def __init__(self, route: Route | None = None) -> None:
-        self.route = route
+    def __init__(self, route: Route | None = None, chord: float = 0.0) -> None:
+        self.route, self.chord = route, chord
         self._routes: weakref.WeakKeyDictionary[nn.Module, Route] = weakref.WeakKeyDictionary()
 
     @torch.no_grad()
@@ -120,6 +126,8 @@ class Tangents:
         return _read(output, change, denoiser, at, along, read)
 
     def _differentiate(self, network, predict, at, along, schedule) -> tuple[Tensor, Tensor]:
+        if self.chord:
+            return _slope(predict, at, along, *_chord(at, along, schedule, self.chord))
         route = self.route or self._routes.get(network)
         if route == "difference":
             return _central_difference(predict, at, along, schedule)
@@ -154,10 +162,28 @@ def _forward_mode(predict: Callable[[Point], Prediction], at: Point, along: Poin
 def _central_difference(
     predict: Callable[[Point], Prediction], at: Point, along: Point, schedule: NoiseSchedule
 ) -> tuple[Tensor, Tensor]:
-    """Mean and slope of the two outputs half a step before and behind; the step is one for each sample."""
     h = _step(at, along, schedule)
-    ahead, behind = predict(_moved(at, along, h)).native, predict(_moved(at, along, -h)).native
-    return (ahead + behind) / 2, (ahead - behind) / broadcast_to(2 * h, ahead)
+    return _slope(predict, at, along, -h, h)
+
+
+def _slope(
+    predict: Callable[[Point], Prediction], at: Point, along: Point, behind: Tensor, ahead: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Mean and slope of the outputs `behind` and `ahead` along the direction, `(B,)` each."""
+    before, after = (predict(_moved(at, along, h)).native for h in (behind, ahead))
+    return (after + before) / 2, (after - before) / broadcast_to(ahead - behind, after)
+
+
+def _chord(at: Point, along: Point, schedule: NoiseSchedule, width: float) -> tuple[Tensor, Tensor]:
+    """How far behind and ahead a chord of so many indices ends, moved inside the times of the schedule."""
+    if along.t is None:
+        raise ValueError("a chord is measured in time, and this direction stands still there: leave `chord` out")
+    whole = 1 / _fed_speed(at.t, along.t, schedule).clamp_min(1e-6) * width
+    speed = torch.where(along.t == 0, 1e-6, along.t)
+    to_first, to_last = ((bound - at.t) / speed for bound in (schedule.t_min, schedule.t_max))
+    least, most = torch.minimum(to_first, to_last), torch.maximum(to_first, to_last)
+    ahead = torch.minimum(whole / 2, most).maximum(least + whole)
+    return ahead - whole, ahead
 
 
 def _step(at: Point, along: Point, schedule: NoiseSchedule) -> Tensor:
@@ -167,10 +193,15 @@ def _step(at: Point, along: Point, schedule: NoiseSchedule) -> Tensor:
         speeds.append(along.x.flatten(1).square().mean(1).sqrt() / SAMPLE_STEP)
     for place, speed in ((at.t, along.t), (at.extra, along.extra)):
         if speed is not None:
-            with forward_ad.dual_level():
-                fed = schedule.network_time(forward_ad.make_dual(place, speed.to(place.dtype)))
-                speeds.append(forward_ad.unpack_dual(fed).tangent.abs() / TIME_STEP)
+            speeds.append(_fed_speed(place, speed, schedule) / TIME_STEP)
     return 1 / torch.stack([speed.to(at.x.dtype) for speed in speeds]).amax(0).clamp_min(1e-6)
+
+
+def _fed_speed(place: Tensor, speed: Tensor, schedule: NoiseSchedule) -> Tensor:
+    """`(B,)`: how fast the number moves that the network is fed for a time."""
+    with forward_ad.dual_level():
+        fed = schedule.network_time(forward_ad.make_dual(place, speed.to(place.dtype)))
+        return forward_ad.unpack_dual(fed).tangent.abs()
 
 
 def _moved(at: Point, along: Point, h: Tensor) -> Point:
