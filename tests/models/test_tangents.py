@@ -13,6 +13,10 @@ from tiny_transformers import build
 from torch import nn
 
 from fastdiff.diffusion import FlowSchedule, Gaussian, VPSchedule, pf_velocity
+from fastdiff.methods.freeflow import FreeFlow
+from fastdiff.methods.meanflow import MeanFlow
+from fastdiff.methods.rcm import RCM
+from fastdiff.methods.scm import SCM
 from fastdiff.models.analytic import AnalyticFamily, ExactNetwork
 from fastdiff.models.analytic_networks import PointNet
 from fastdiff.models.conditioning import Conditioning
@@ -134,11 +138,40 @@ def test_a_chord_stays_in_the_times_the_network_knows(sign):
     torch.testing.assert_close(ends[1] - ends[0], torch.full_like(ends[0], 10.0), rtol=0, atol=1e-6)
 
 
+class Told(nn.Module):
+    """A network whose prediction is a parabola of the further time that it is told, with ripples."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("anchor", torch.zeros(()))
+
+    def forward(self, x, time, labels, end):
+        return x + (1e-6 * end**2 + 0.01 * end.sin())[:, None, None, None]
+
+
+def test_where_only_the_further_time_moves_the_chord_lies_there():
+    denoiser = analytic(Told(), SD, "epsilon")
+    x, end = normal(4, 2, 1, 1), torch.tensor([100.0, 200.0, 300.0, 999.0], dtype=torch.float64)
+    at, along = Point(x, torch.full_like(end, 999.0), end), Point(None, None, torch.full_like(end, 3.0))
+    width = 4 * math.pi
+    found = Tangents(chord=width)(denoiser, LABELS, "teacher", at, along, inputs=lambda end: {"end": end})
+    middle = torch.tensor([100.0, 200.0, 300.0, 999.0 - width / 2], dtype=torch.float64)
+    expected = (2e-6 * middle * 3.0)[:, None, None, None].expand_as(x)
+    torch.testing.assert_close(found.derivative, expected, rtol=0, atol=1e-12)
+
+
 def test_a_chord_needs_a_direction_in_time():
     denoiser = analytic(ExactNetwork(LAW, SD, "epsilon"), SD, "epsilon")
     at, along = trajectory(denoiser, [100.0, 200.0, 300.0, 400.0])
     with pytest.raises(ValueError, match="chord"):
         Tangents(chord=4.0)(denoiser, LABELS, "teacher", at, Point(along.x, None))
+
+
+@pytest.mark.parametrize("method", [SCM, RCM, MeanFlow, FreeFlow])
+def test_methods_hand_their_chord_on(method):
+    assert method(method.Config(tangent_chord=8.0)).tangents.chord == 8.0
+    with pytest.raises(ValueError, match="tangent_chord"):
+        method.Config(tangent_chord=-1.0)
 
 
 def unet(pipeline_unet: nn.Module, student: str) -> Denoiser:

@@ -56,6 +56,8 @@ class FreeFlowConfig:
             (the standard deviation is ours).
         norm_power: each sample's loss is divided by its own value to this power, without gradient; 0 is plain.
         norm_constant: added to the value first (ours).
+        tangent_chord: if above zero, the student's rate of change with the end is taken over so many indices of it, not
+            at one: its sinusoids turn as fast as a time's (`fastdiff.models.tangents`; ours).
         fake_score_learning_rate: of the velocity of the student's samples; the student's if not given (ours).
     """
 
@@ -66,11 +68,12 @@ class FreeFlowConfig:
     correction_std: float = 1.6
     norm_power: float = 1.0
     norm_constant: float = 1e-3
+    tangent_chord: float = 0.0
     fake_score_learning_rate: float | None = None
 
     def __post_init__(self) -> None:
         check_not_negative(guidance_scale=self.guidance_scale, correct_every=self.correct_every)
-        check_not_negative(correction_weight=self.correction_weight)
+        check_not_negative(correction_weight=self.correction_weight, tangent_chord=self.tangent_chord)
         if self.correct_every and not self.correction_weight:
             raise ValueError(
                 "correction_weight 0 would train a fake score that no loss reads: give correct_every 0 to leave the "
@@ -114,7 +117,7 @@ class FreeFlow(EndTold):
 
     def __init__(self, config: FreeFlowConfig) -> None:
         super().__init__(config)
-        self.tangents = Tangents()
+        self.tangents = Tangents(chord=config.tangent_chord)
 
     def groups(self) -> dict[str, Group]:
         fake = {"fake_score": Group(self.config.fake_score_learning_rate)}

@@ -175,12 +175,16 @@ def _slope(
 
 
 def _chord(at: Point, along: Point, schedule: NoiseSchedule, width: float) -> tuple[Tensor, Tensor]:
-    """How far behind and ahead a chord of so many indices ends, moved inside the times of the schedule."""
-    if along.t is None:
+    """How far behind and ahead a chord of so many indices ends, moved inside the times of the schedule.
+
+    They are those of t, or of the further time if t stands still.
+    """
+    time, speed = (at.extra, along.extra) if along.t is None else (at.t, along.t)
+    if speed is None:
         raise ValueError("a chord is measured in time, and this direction stands still there: leave `chord` out")
-    whole = 1 / _fed_speed(at.t, along.t, schedule).clamp_min(1e-6) * width
-    speed = torch.where(along.t == 0, 1e-6, along.t)
-    to_first, to_last = ((bound - at.t) / speed for bound in (schedule.t_min, schedule.t_max))
+    whole = width / _fed_speed(time, speed, schedule).clamp_min(1e-6)
+    speed = torch.where(speed == 0, 1e-6, speed)
+    to_first, to_last = ((bound - time) / speed for bound in (schedule.t_min, schedule.t_max))
     least, most = torch.minimum(to_first, to_last), torch.maximum(to_first, to_last)
     ahead = torch.minimum(whole / 2, most).maximum(least + whole)
     return ahead - whole, ahead
