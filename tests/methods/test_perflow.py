@@ -216,6 +216,23 @@ def test_dropped_prompts_reach_the_student_and_a_synced_teacher(synced):
     assert asked == [("teacher", [-1, 0] if synced else [0, 0]), ("student", [-1, 0])]
 
 
+@pytest.mark.parametrize(("gap", "lowest"), [(0.0, 0), (0.5, 125), (0.9, 225)])
+def test_a_gap_at_the_clean_end_of_windows_is_not_trained(gap, lowest):
+    """Lowest and highest index trained in each window; the weights of squares are those of the indices trained."""
+    asked = []
+
+    class Recorder(AffinePerBin):
+        def forward(self, x, time, labels):
+            asked.append(time)
+            return super().forward(x, time, labels)
+
+    denoiser = gaussian_denoiser(student=Recorder(1, [0.0]).double())
+    student_loss(method(edge_gap=gap), denoiser, 1000, {"t": torch.arange(1000)})
+    windows = torch.cat(asked[-1:]).reshape(4, 250)
+    assert windows.min(1).values.tolist() == pytest.approx([lowest + 250 * i for i in range(4)], abs=1)
+    assert windows.max(1).values.tolist() == [249, 499, 749, 999]
+
+
 def test_windows_start_in_noised_data_and_the_first_in_plain_noise():
     fed = []
 
@@ -293,6 +310,8 @@ def test_the_teacher_of_an_adapter_gets_no_gradient(tiny_sd, tmp_path):
         ({"prompt_dropout": 1.5}, "prompt_dropout"),
         ({"solver_steps": 0}, "solver_steps"),
         ({"solver_steps": 251}, "solver steps"),
+        ({"edge_gap": 1.0}, "edge_gap"),
+        ({"edge_gap": 0.6, "num_inference_steps": 8}, "edge_gap"),
         ({"reweighting": True, "loss_type": "huber"}, "loss_type: l2"),
     ],
 )

@@ -46,6 +46,9 @@ class PeRFlowConfig:
         huber_c: width of the quadratic part.
         reweighting: squares count 1 / max(1 - t, 0.1) / 2.3 times, t = (index + 1) / 1000, as the public code offers. In
             an epsilon's terms the cleanest window has the largest loss and moves samples the least.
+        edge_gap: share of each window, at its clean end, that is not trained. The lines of two windows meet at an edge
+            with different noise, which a network of smooth times smears over both, and samplers ask right there: at the
+            noisy edge. They do not ask in the gap as long as it is at most windows / num_inference_steps (ours).
     """
 
     guidance_scale: float = 7.5
@@ -57,6 +60,7 @@ class PeRFlowConfig:
     loss_type: Literal["l2", "huber"] = "l2"
     huber_c: float = 1e-3
     reweighting: bool = False
+    edge_gap: float = 0.0
 
     def __post_init__(self) -> None:
         check_not_negative(guidance_scale=self.guidance_scale, prompt_dropout=self.prompt_dropout)
@@ -71,6 +75,11 @@ class PeRFlowConfig:
                 f"num_inference_steps ({self.num_inference_steps}) must be a multiple of windows ({self.windows}) and "
                 f"divide {_INDICES}, so that the sampler's steps end at the windows' edges; e.g. 4 windows and 4, 8, "
                 "20 or 40 steps"
+            )
+        if not (0 <= self.edge_gap < 1 and self.edge_gap * self.num_inference_steps <= self.windows):
+            raise ValueError(
+                f"edge_gap must be a share below 1 and at most windows / num_inference_steps "
+                f"({self.windows / self.num_inference_steps:g}), where samplers ask, got {self.edge_gap}"
             )
         if self.solver_steps * self.windows > _INDICES:
             raise ValueError(f"{self.solver_steps} solver steps do not fit in one of {self.windows} windows")
@@ -120,8 +129,9 @@ class PeRFlow(Method):
     def student_loss(self, batch: Batch, ctx: Context) -> Mapping[str, Tensor]:
         """One window and one place in it for each sample."""
         schedule = ctx.denoiser.schedule
-        index = ctx.random.integers("t", 0, _INDICES).to(torch.float32)
-        edges = self._windows.ends(index)
+        drawn = ctx.random.integers("t", 0, _INDICES).to(torch.float32)
+        edges = self._windows.ends(drawn)
+        index = (drawn + self.config.edge_gap * (edges[1] - drawn)).round()
         end, start = (schedule.time_of_index(edge) for edge in edges)
         asked = without_prompts(batch, ctx.random.bernoulli("drop", self.config.prompt_dropout))
         x_s = self._window_start(batch, edges[1], ctx)
