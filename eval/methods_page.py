@@ -31,7 +31,9 @@ BOARD = """
 
 Protocol `emoji-2k/tower-v1` (see [eval/README.md](../eval/README.md)). score: excess Frechet distance over the floor as
 a share of that of the best undistilled sampling with at most as many network calls; 95 % intervals over seeds; training
-passes count forward 1, backward 1 (2 with weight gradients), recomputation 1. Made by `eval/leaderboard.py`.
+passes count forward 1, backward 1 (2 with weight gradients), recomputation 1. Made by `eval/leaderboard.py`; the
+`command` of a row in `eval/leaderboard.json` has what was given on top of the recipe, which is `--mixed_precision bf16`
+for most.
 
 """
 

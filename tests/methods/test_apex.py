@@ -189,7 +189,7 @@ def test_jumps_weigh_more_the_shorter_they_are():
 
 def test_too_small_a_batch_is_named():
     denoiser = denoiser_with(with_extra_times(PointNet(2, 1), 2))
-    with pytest.raises(ValueError, match="train_batch_size 3"):
+    with pytest.raises(ValueError, match="train_batch_size 4"):
         method().student_loss(batch_of(3, 2, torch.zeros(3, 2, 1, 1)), context(denoiser, 3))
 
 

@@ -14,6 +14,8 @@ from straight_helpers import FLOW, KINDS, LAW, A, Free, StraightNetwork, noise, 
 from fastdiff.diffusion import jump
 from fastdiff.engine import Settings
 from fastdiff.engine.networks import build_networks
+from fastdiff.methods._flow_map import noise_share
+from fastdiff.methods._straight import time_of_level
 from fastdiff.methods.rectified_flow import RectifiedFlow, RectifiedFlowConfig
 from fastdiff.methods.slimflow import GUIDE, SlimFlow, SlimFlowConfig
 from fastdiff.models.analytic import ExactNetwork
@@ -175,9 +177,7 @@ def test_only_the_student_gets_a_gradient_and_its_first_step_none():
     fed = ctx.random.normal("guided/noise", (2, 1, 1)).double()
     prediction = denoiser(fed, start, pairs(z, z).cond, "student")
     elapsed = 0.2 + 0.6 * ctx.random.uniform("guided/elapsed")
-    from fastdiff.methods._straight import time_of_level
-
-    u = time_of_level(1 - elapsed, SD)
+    u = time_of_level((1 - elapsed) * noise_share(SD, start), SD)
     with torch.no_grad():
         target = denoiser(jump(denoiser(fed, start, pairs(z, z).cond, "student"), u), u, pairs(z, z).cond, GUIDE).x0
     (expected,) = torch.autograd.grad((prediction.x0 - target).square().mean(), [student.slope])

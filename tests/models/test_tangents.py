@@ -132,10 +132,12 @@ def test_a_chord_stays_in_the_times_the_network_knows(sign):
     at, along = trajectory(analytic(network, SD, "epsilon"), [0.0, 3.0, 997.0, 999.0])
     network.asked.clear()
     turned = Point(sign * along.x, sign * along.t)
-    Tangents(chord=10.0)(analytic(network, SD, "epsilon"), LABELS, "teacher", at, turned)
+    found = Tangents(chord=10.0)(analytic(network, SD, "epsilon"), LABELS, "teacher", at, turned)
     ends = torch.stack(network.asked).sort(0).values
     torch.testing.assert_close(ends[0], torch.tensor([0.0, 0.0, 989.0, 989.0], dtype=ends.dtype), rtol=0, atol=1e-6)
-    torch.testing.assert_close(ends[1] - ends[0], torch.full_like(ends[0], 10.0), rtol=0, atol=1e-6)
+    torch.testing.assert_close(ends[-1] - ends[0], torch.full_like(ends[0], 10.0), rtol=0, atol=1e-6)
+    value = analytic(network, SD, "epsilon")(at.x, at.t, LABELS, "teacher").native
+    torch.testing.assert_close(found.value, value, rtol=0, atol=0)  # of the point itself, wherever the chord lies
 
 
 class Told(nn.Module):

@@ -31,10 +31,14 @@ def lcm_grid(n: int = 50, T: int = 1000, terminal: Terminal = Terminal.INDEX0) -
     """
     _check(n, T)
     if T % n:
-        raise ValueError(f"{n} solver steps do not divide {T} training timesteps: give a divisor, such as 50 for 1000")
+        raise ValueError(
+            f"{n} solver steps do not divide {T} training timesteps: give a divisor (num_ddim_timesteps), such as 50 for 1000"
+        )
     starts = [T // n * j - 1 for j in range(1, n + 1)]
     if starts[0] <= 0 and terminal is Terminal.INDEX0:
-        raise ValueError(f"a grid of all {T} indices begins at index 0, so its last step cannot end there: use CLEAN")
+        raise ValueError(
+            f"a grid of all {T} indices begins at index 0, so its last step cannot end there: give at most {T // 2} steps"
+        )
     return tuple(zip(starts, [_end(terminal), *starts[:-1]], strict=True))
 
 

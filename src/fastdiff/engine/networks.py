@@ -149,8 +149,8 @@ def _sharded(method: Method, denoiser: Denoiser, settings: Settings, device: tor
     full = [role for role in roles if not roles.is_adapter(role)]
     if recorded := sorted(set(full) & set(method.frozen())):
         raise ValueError(
-            f"{method.info.name} keeps weights of {recorded[0]} outside of training, which fsdp cannot cut: train "
-            "adapters, or leave out fsdp"
+            f"{method.info.name} holds {recorded[0]} as a frozen full role, which fsdp cannot cut: train adapters, or "
+            "leave out fsdp"
         )
     shards = Shards(settings.fsdp, device, torch.bfloat16 if settings.mixed_precision == "bf16" else None)
     adapters = [weight for role in roles if roles.is_adapter(role) for weight in roles.parameters(role)]
@@ -211,7 +211,8 @@ def _student_spec(method: Method, teacher: TeacherLike, settings: Settings) -> A
     if settings.student == "lora":
         raise ValueError(
             f"{method.info.name} with these settings changes the network itself (a new input, or another size), which a "
-            "LoRA cannot carry: train a full student (--student full), or leave guidance_range and sizes alone"
+            "LoRA cannot carry: train a full student (--student full), or leave out the setting that asks for it "
+            "(guidance_range, a student's size, apex's losses code)"
         )
     return FullSpec(widened)
 

@@ -74,7 +74,7 @@ def check_adaptive(norm_power: float, norm_constant: float) -> None:
 
 
 class EndTold(Method):
-    """A full student with one more input; sampled with jumps to the clean end only, that input never changes."""
+    """A full student told where its jump ends; as sampled here, with jumps to the clean end, it is told one thing only."""
 
     def student_network(self, network: nn.Module) -> nn.Module | None:
         return with_extra_times(network)

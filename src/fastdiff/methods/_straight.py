@@ -28,7 +28,7 @@ class StraightConfig(SmallStudentConfig):
             an epsilon network amplifies errors 14.6 times, at 399 1.2 times.
         distance: `l2`, or `huber`: sqrt(|d|^2 + c^2) - c of the whole sample over its size, c = huber_c times the size
             (arXiv 2405.20320).
-        huber_c: width of the quadratic part, a number of the sample.
+        huber_c: width of the quadratic part, per element.
         perceptual_weight: weight of the perceptual distance of decoded samples; 0 needs no scorer.
     """
 

@@ -15,7 +15,7 @@ def check_phases(phases: int, points: int, name: str) -> None:
         fit = [count for count in range(1, points + 1) if points % count == 0 and count <= 16]
         raise ValueError(
             f"{name} {phases} does not divide num_ddim_timesteps {points}, so that phases would end off the sampler's "
-            f"grid: give one of {', '.join(map(str, fit))}, or num_ddim_timesteps 40 (1, 2, 4, 5, 8)"
+            f"grid: give one of {', '.join(map(str, fit))}, or num_ddim_timesteps 40 (1, 2, 4, 5, 8, 10)"
         )
 
 

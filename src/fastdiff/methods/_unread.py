@@ -1,4 +1,4 @@
-"""Refuses options that another option leaves without effect, so that no setting is ignored in silence."""
+"""Refuses options that another option leaves without effect: a setting ignored in silence is a wrong result."""
 
 from __future__ import annotations
 

@@ -84,8 +84,8 @@ class APEX(Method):
 
     In flow coordinates (share a, see `_flow_map`); F(x, t, s) is the student's velocity told the end s of its jump and
     a flag, v = eps - x0. A batch falls into four groups: end to end (last noise level to clean), short jumps, any jumps, and
-    fakes (noised one-step samples, flagged, s = t). With g = |F(x, t, t; prompt) - F(x, t, t; none)| scaled in, and
-    R = [(a_t - a_s) F - integral of F from x_t - d v to s] / d - v (which is F + (a_t - a_s) dF/da - v for small d),
+    fakes (noised one-step samples, flagged, s = t). v of the first three has guidance_strength (F(x, t, t; prompt) -
+    F(x, t, t; none)) added. With R = [(a_t - a_s) F - integral of F from x_t - d v to s] / d - v (which is F + (a_t - a_s) dF/da - v for small d),
 
         L = barron(F, sg[F - clip(R, 1)]) for the first three (R = F - v where the jump is shorter than d),
             barron(F, sg[v of the fakes]) for the fourth, the first three times tan(0.4 pi (1 - (a_t - a_s))) + 1,
@@ -147,7 +147,10 @@ class APEX(Method):
         """Groups are every fourth sample each, laid side by side: end to end, short, any, fake."""
         rows, schedule = len(batch), ctx.denoiser.schedule
         if rows < GROUPS:
-            raise ValueError(f"apex splits each micro-batch in {GROUPS} groups; train_batch_size {rows} is too small")
+            raise ValueError(
+                f"apex splits each micro-batch in {GROUPS} groups, and this one has {rows} samples: give "
+                f"train_batch_size {GROUPS} or more"
+            )
         group = torch.arange(rows, device=batch.indices.device) % GROUPS
         order = torch.cat([torch.arange(k, rows, GROUPS, device=group.device) for k in range(GROUPS)])
         whole, real = len(range(0, rows, GROUPS)), rows - len(range(GROUPS - 1, rows, GROUPS))

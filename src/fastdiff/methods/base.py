@@ -81,7 +81,9 @@ class Batch:
             ValueError: if the data set has prompts only.
         """
         if self.latents is None:
-            raise ValueError("this method trains on images, but the data holds prompts only. Give --train_data_dir.")
+            raise ValueError(
+                "this method trains on images, but the data holds prompts only: give images as --data (--train_data_dir)."
+            )
         return self.latents
 
     def pairs(self) -> tuple[Tensor, Tensor]:
@@ -93,7 +95,7 @@ class Batch:
         if self.latents is None or "noise" not in self.extra:
             raise ValueError(
                 "this method trains on pairs of noise and the teacher's sample, but the data holds none. "
-                "Make them with `fastdiff pairs` and give the folder as --train_data_dir."
+                "Make them with `fastdiff pairs` and give the folder as --data (--train_data_dir)."
             )
         return self.extra["noise"], self.latents
 

@@ -49,16 +49,16 @@ class BOOTConfig:
 
 
 class BOOT(EndTold):
-    r"""Predicts every point of the noise-free trajectory from the noise alone, each from the one before it.
+    r"""Predicts every point of the signal's trajectory from the noise alone, each from the one before it.
 
-    Of the trajectory x_t that begins at noise z, y_t = (x_t - sigma_t z) / alpha_t goes from the teacher's first clean
-    prediction to the sample. The student y(z, t) is the x0 that its network predicts at (z, T), told t. With s the
+    The signal y_t = (x_t - sigma_t z) / alpha_t of the trajectory x_t that begins at noise z goes from the teacher's
+    first clean prediction to the sample. The student y(z, t) is the x0 that its network predicts at (z, T), told t. With s the
     grid's next cleaner point, x_t = alpha_t y(z, t) + sigma_t z and r = (sigma_s / alpha_s) / (sigma_t / alpha_t),
 
         L = |y(z, s) - sg[r y(z, t) + (1 - r) x0_teacher(x_t, t)]|^2 / step^2
             + boundary_weight |y(z, T) - x0_teacher(z, T)|^2,        step = 1 / num_ddim_timesteps.
 
-    The target is exactly one DDIM step of the guided teacher. The network is fed z at time T whatever t is, so that
+    The target is one DDIM step of the guided teacher (or, of y, one step of the midpoint rule). The network is fed z at time T whatever t is, so that
     the untrained student is the teacher's first prediction everywhere, and the trained one takes one stock step.
     """
 

@@ -199,7 +199,7 @@ def longer_more_often(u: Tensor, most: int) -> Tensor:
 
 
 def _heun(predict: Predict, x: Tensor, t: Tensor, s: Tensor, end: Tensor) -> Tensor:
-    """Heun's step, or the plain jump to the clean end, where no network is evaluated."""
+    """Heun's step, or the plain jump to the clean end, where a second evaluation has no say."""
     first = predict(x, t)
     lowest = first.schedule.t_min
     stepped = heun_flow(lambda y, u: first if u is t else predict(y, u.clamp_min(lowest)), x, t, s)

@@ -96,8 +96,8 @@ class FreeFlow(EndTold):
         correct: L = w adaptive |u(z, 0) - sg[u(z, 0) - lambda (v_fake - v_teacher)(x_r, r)]|^2,
 
     x_r a noised version of the sample f(z, 0), v_fake the velocity of the student's samples, which a second network
-    learns by denoising them, lambda = |predict's residual| / |v_fake - v_teacher| over the batch, which gives both terms
-    one length before the norm; no code says in which order the paper applies the two. Both velocities and
+    learns by denoising them, lambda = |predict's residual| / (|v_fake - v_teacher| + c) over the batch (c the norm's constant),
+    which gives both terms one length before the norm; no code says in which order the paper applies the two. Both velocities and
     x_r are detached: the student's turn moves the student only. One step only: maps begin at pure noise.
     """
 

@@ -9,7 +9,6 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from fastdiff.diffusion.grids import trailing_grid
 from fastdiff.diffusion.losses import mse
 from fastdiff.methods._guidance import GuidanceInput, check_range
 from fastdiff.methods._trajectory import teacher_path
@@ -90,8 +89,8 @@ class GuidanceDistillation(GuidanceInput):
         if self.config.states == "data":
             t = any_time(ctx, "t")
             return schedule.add_noise(batch.images(), ctx.random.normal("eps", batch.latent_shape), t), t
-        grid = trailing_grid(self.config.num_inference_steps, schedule.indices)
-        last = ctx.random.shared_integer("t", 0, len(grid))
+        starts = self.sampler().timesteps
+        last = ctx.random.shared_integer("t", 0, len(starts))
         z = ctx.random.normal("eps", batch.latent_shape)
-        indices = [torch.full((len(z),), start, device=z.device) for start, _ in grid[: last + 1]]
+        indices = [torch.full((len(z),), start, device=z.device) for start in starts[: last + 1]]
         return teacher_path(z, indices, batch, ctx, w), schedule.time_of_index(indices[-1])

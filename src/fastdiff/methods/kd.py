@@ -20,7 +20,7 @@ class KDConfig(StraightConfig):
 
     Args:
         online_steps: DDIM steps of the teacher from noise of each step's own, in place of stored pairs; 0 reads pairs.
-            For prompts of which each is seen a few times only: a store is solved once and read often.
+            Cheaper than stored pairs only if each prompt is seen a few times: a store is solved once and read often.
         guidance_scale: w of that teacher; pairs have theirs.
     """
 

@@ -94,7 +94,7 @@ class Lightning(Progressive):
         L_student = softplus(-l(x^_u)),    L_critic = softplus(l(sg x^_u)) + softplus(-l(x*_u)).
 
     Both ends are functions of x_t, so the conditional optimum is the teacher's own map; the unconditional one fixes the
-    law of x_u alone (in one dimension both slopes +-a are optimal). The paper's switch to predicting clean samples at
+    law of x_u alone. Critic and head start anew in every stage. The paper's switch to predicting clean samples at
     one step is not made: the student keeps the teacher's prediction type and exports as an adapter; what it mends, the
     14.6-fold error at index 999, an earlier `first_timestep` avoids. Training of d, phases and re-noising are as
     reported of the unpublished training code; its head is one convolution larger than ours.

@@ -31,8 +31,8 @@ _INDICES = LAST_INDEX + 1
 
 @dataclass(frozen=True)
 class PeRFlowConfig:
-    """Defaults are those of the public SD1.5 run, but for three: guidance is baked in (`cfg_sync` false, as in the public
-    SDXL run), the target is that run's too, and the input lies on DDIM's line (see the method).
+    """Defaults are those of the public SD1.5 run, but for three: guidance is baked in (`cfg_sync` false) and the target is
+    `ddim_eps`, both as in the public SDXL run, and the input lies on DDIM's line (see the method).
 
     Args:
         guidance_scale: w of the teacher's solver.

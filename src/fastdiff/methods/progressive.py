@@ -52,8 +52,9 @@ class ProgressiveConfig:
             theirs = list(_starts(len(own), self.first_timestep))
             if own != theirs:
                 raise ValueError(
-                    f"this stage would ask its teacher at {own}, but it was trained at {theirs}: give a "
-                    "first_timestep that all stages divide, such as 991 for 32, 16, 8, 4, 2, 1 steps"
+                    f"this stage would ask its teacher at {own}, and a stage of {len(own)} steps from the same "
+                    f"first_timestep was trained at {theirs}: give a first_timestep that all stages divide, such as 991 "
+                    "for 32, 16, 8, 4, 2, 1 steps, and num_inference_steps x teacher_steps as many as the earlier stage's steps"
                 )
 
 

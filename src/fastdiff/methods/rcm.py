@@ -19,7 +19,7 @@ class RCMConfig(ScoreGapConfig):
     """Defaults are those of the released text-to-video run, but for what depends on the size of latents and on sums.
 
     There the consistency term weighs 100 / sqrt(D) times the score term in the student's output, D numbers a sample;
-    with `tangent_norm` rms and means it weighs twice as much at any size. `consistency_weight` 50 / sqrt(D) is the
+    with `tangent_norm` rms and means it weighs twice the score term at any size. `consistency_weight` 50 / sqrt(D) is the
     released balance: 0.39 for SD1.5's latents, 0.2 for SDXL's. The times of the score term and of the fake score are
     DMD2's.
 
@@ -94,9 +94,12 @@ class RCM(ScoreGap):
 
     def warm_up_loss(self, batch: Batch, ctx: Context) -> Mapping[str, Tensor]:
         """The consistency term alone."""
-        return {"consistency": consistency_term(batch, ctx, self.config, self.tangents)}
+        return self._consistency(batch, ctx)
 
     def student_terms(self, x: Tensor, batch: Batch, ctx: Context) -> dict[str, Tensor]:
         """The consistency term beside the score gap."""
+        return self._consistency(batch, ctx)
+
+    def _consistency(self, batch: Batch, ctx: Context) -> dict[str, Tensor]:
         term = consistency_term(batch, ctx, self.config, self.tangents)
         return {"consistency": self.config.consistency_weight * term}

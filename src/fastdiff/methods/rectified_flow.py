@@ -28,7 +28,7 @@ class RectifiedFlowConfig(StraightConfig):
             start: uniform, or u_shaped with both ends more often (arXiv 2405.20320).
         u_shape: a of the density proportional to cosh(a (part - 1/2)).
         regress: in reflow, `velocity` compares eps - x0, as the papers do; `native` what the network predicts, which for
-            an epsilon network weighs high noise 1.3 to 244 times less.
+            an epsilon network weighs a level 1.06 (index 0) to 244 times (999) less.
     """
 
     objective: Literal["reflow", "distill"] = "reflow"

@@ -47,7 +47,7 @@ class TangentConfig(Protocol):
 
 @dataclass(frozen=True)
 class SCMConfig:
-    """Defaults are the paper's; it distils no text-to-image model, so that guidance has none.
+    """Defaults are the paper's, but for `tangent_norm`; it distils no text-to-image model, so that guidance has none.
 
     Args:
         guidance_scale: w of the teacher, 1 means none; the student bakes it in.
@@ -84,7 +84,7 @@ class SCM(Method):
     Diffusion the v-prediction at the index whose sigma / alpha is tan(a)), and f = cos(a) x - sin(a) F,
 
         g = -cos^2(a) (F - F_teacher) - r (cos(a) sin(a) x + cos(a) sin(a) dF/da) = cos(a) df/da   at r = 1,
-        L = mean (F - sg[F + g / (|g| + c)])^2,   r = min(1, step / tangent_warmup),
+        L = mean (F - sg[F + g / (|g| + c)])^2,   |g| as `tangent_norm` says,   r = min(1, step / tangent_warmup),
 
     where dF/da is taken along the teacher's ODE and everything but the first F is detached. As cos sin d/da is
     d/d ln(sigma / alpha), nothing grows at either end; any process is trained in its own network's terms. At r = 0

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from fastdiff.diffusion.steps import jump
 from fastdiff.diffusion.tensors import broadcast_to
+from fastdiff.methods._flow_map import noise_share
 from fastdiff.methods._straight import MARGIN, time_of_level
 from fastdiff.methods.base import Batch, Context, MethodInfo, check_not_negative, check_positive
 from fastdiff.methods.rectified_flow import RectifiedFlow, RectifiedFlowConfig
@@ -119,6 +120,7 @@ class SlimFlow(RectifiedFlow):
             first = student if self.config.first_step == "student" else ctx.denoiser(z, start, batch.cond, GUIDE)
             span = self.config.max_elapsed - self.config.min_elapsed
             level = 1 - self.config.min_elapsed - span * ctx.random.uniform("guided/elapsed")
-            u = time_of_level(level.clamp_min(MARGIN), ctx.denoiser.schedule).minimum(start)
+            level = level.clamp_min(MARGIN) * noise_share(ctx.denoiser.schedule, start)
+            u = time_of_level(level, ctx.denoiser.schedule).minimum(start)
             target = ctx.denoiser(jump(first, u), u, batch.cond, GUIDE).x0
         return sum(self.clean_terms(clean, target, ctx).values())

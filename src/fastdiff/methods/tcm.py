@@ -84,13 +84,12 @@ class TCM(Method):
     which the trained one starts too. With kappa = sigma / alpha, r the end of a guided teacher's DDIM step from t,
 
         kappa_r / kappa_t = min(1 - q^-(a+1) (1 + 8 sigmoid(-kappa_t)), longest_kept),
-        L = (1 + 1 / kappa_t^2) d(f(x_t, t), sg f(x_r, r) if r is above the truncation, else f_1(x_r, r)),
-        d(x, y) = sqrt(mean (x - y)^2 + c^2) - c,
+        l = (1 + 1 / kappa_t^2) d(f(x_t, t), target),    d(x, y) = sqrt(mean (x - y)^2 + c^2) - c,
+        target = sg f(x_r, r) if r is above the truncation, f_1(x_r, r) below it, and x_r itself, the teacher's clean
+                 prediction, where a step keeps no noise (early stages of a small q).
 
-    where a step keeps no noise (early stages of a small q) the target is x_r itself, the teacher's clean prediction;
-
-    L averaged over times above the truncation (ln kappa by Student's t of 0.01 degrees and scale 0.2, cut to what the
-    teacher knows and to 80), plus boundary_weight times its average at the truncation itself.
+    The loss is the mean of l over times above the truncation (ln kappa by Student's t of 0.01 degrees and scale 0.2,
+    cut to what the teacher knows and to 80), plus boundary_weight times its mean at the truncation itself.
     """
 
     info = MethodInfo(

@@ -6,7 +6,7 @@ derivative. Where the network refuses, a central difference of two evaluations t
 runs in float32 or better: in bf16 neither is usable.
 
 Networks told a time by sinusoids that turn within a few indices, as Stable Diffusion's are, carry ripples of that
-period: too small to matter for the prediction, but most of its derivative, and training on that makes them grow
+period: too small to matter for the prediction, but up to most of its derivative, and training on that makes them grow
 (SANA-Sprint, arXiv 2503.09641, trains its teacher anew with slower sinusoids). A chord of a few indices sees past them.
 """
 
@@ -82,8 +82,9 @@ class Tangents:
 
     Args:
         route: take this one instead.
-        chord: if above zero, how many indices of time wide a central difference takes the derivative's place; both of
-            its points lie in the times the network knows, so that at the noisiest it looks back.
+        chord: if above zero, how many indices of time wide a central difference takes the derivative's place; the value
+            stays that of the point. Both ends lie in the times the network knows: within half a chord of the noisiest
+            or cleanest the slope is that of the nearest point with room on both sides.
     """
 
     def __init__(self, route: Route | None = None, chord: float = 0.0) -> None:
@@ -127,7 +128,8 @@ class Tangents:
 
     def _differentiate(self, network, predict, at, along, schedule) -> tuple[Tensor, Tensor]:
         if self.chord:
-            return _slope(predict, at, along, *_chord(at, along, schedule, self.chord))
+            _, change = _slope(predict, at, along, *_chord(at, along, schedule, self.chord))
+            return predict(at).native, change
         route = self.route or self._routes.get(network)
         if route == "difference":
             return _central_difference(predict, at, along, schedule)
