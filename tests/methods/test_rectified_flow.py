@@ -350,6 +350,8 @@ def test_adapters_train_on_a_real_network_and_its_weights_get_no_gradient(method
         (lambda: RectifiedFlowConfig(start_timestep=1000), "start_timestep"),
         (lambda: RectifiedFlowConfig(objective="distill", times="u_shaped"), "times"),
         (lambda: RectifiedFlowConfig(objective="distill", regress="native"), "regress has no effect"),
+        (lambda: RectifiedFlowConfig(u_shape=3.0), "u_shape has no effect"),
+        (lambda: RectifiedFlowConfig(huber_c=1e-3), "huber_c has no effect"),
         (lambda: RectifiedFlowConfig(perceptual_weight=-1.0), "perceptual_weight"),
         (lambda: RectifiedFlowConfig(u_shape=0.0), "u_shape"),
         (lambda: RFPPConfig(objective="distill"), "rectified_flow"),

@@ -287,6 +287,7 @@ def test_strong_noise_without_discriminator_warns():
         ({"solver_steps": 0}, "solver_steps"),
         ({"adversarial_weight": -1.0}, "adversarial_weight"),
         ({"num_ddim_timesteps": 0}, "num_ddim_timesteps"),
+        ({"sde_solver": "er_sde_5", "noise_strength": 0.3}, "noise_strength has no effect"),
     ],
 )
 def test_bad_settings_are_named(config, named):

@@ -11,6 +11,7 @@ from torch import Tensor
 from fastdiff.diffusion.losses import sample_huber, sample_mse
 from fastdiff.diffusion.schedules import LAST_INDEX, NoiseSchedule, Terminal
 from fastdiff.methods._routed_student import SmallStudent, SmallStudentConfig
+from fastdiff.methods._unread import refuse_unread
 from fastdiff.methods.base import Context, check_not_negative, check_positive, time_at
 from fastdiff.models.sampler import SamplerSpec
 
@@ -42,6 +43,8 @@ class StraightConfig(SmallStudentConfig):
         self.shape()
         check_positive(num_inference_steps=self.num_inference_steps, huber_c=self.huber_c)
         check_not_negative(perceptual_weight=self.perceptual_weight)
+        if self.distance == "l2":
+            refuse_unread(self, ("huber_c",), "with the distance l2")
         if not 0 < self.start_timestep <= LAST_INDEX:
             raise ValueError(f"start_timestep must be from 1 to {LAST_INDEX}, got {self.start_timestep}")
 

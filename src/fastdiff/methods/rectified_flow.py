@@ -41,6 +41,8 @@ class RectifiedFlowConfig(StraightConfig):
         check_positive(u_shape=self.u_shape)
         if self.objective == "distill" and self.times != "uniform":
             raise ValueError("times is the law of reflow; distill trains at the student's own steps: leave it out")
+        if self.times == "uniform":
+            refuse_unread(self, ("u_shape",), "with uniform times")
         if self.objective == "distill":
             refuse_unread(self, ("regress",), "with the objective distill, which compares clean samples")
 

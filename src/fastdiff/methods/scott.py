@@ -15,6 +15,7 @@ from fastdiff.diffusion.tensors import DeviceTable
 from fastdiff.methods._adversarial import Noisy
 from fastdiff.methods._adversarial_trajectory import AdversarialTrajectory, AdversarialTrajectoryConfig
 from fastdiff.methods._trajectory import Pair, Place, grid_points, sub_steps
+from fastdiff.methods._unread import refuse_unread
 from fastdiff.methods.base import Batch, Context, MethodInfo, any_time, check_positive
 from fastdiff.methods.lcm import LCM, LCMConfig
 
@@ -53,6 +54,8 @@ class SCottConfig(AdversarialTrajectoryConfig, LCMConfig):
         if not 0 <= self.noise_strength <= 1:
             raise ValueError(f"noise_strength must be in [0, 1], got {self.noise_strength}")
         own_noise = self.sde_solver == "er_sde_5"
+        if own_noise:
+            refuse_unread(self, ("noise_strength",), "with sde_solver er_sde_5, whose noise falls with the level")
         if not self.adversarial_weight and (own_noise or self.noise_strength > _BLURRY_FROM):
             named = "sde_solver er_sde_5" if own_noise else f"noise_strength {self.noise_strength}"
             warnings.warn(

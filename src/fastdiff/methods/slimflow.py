@@ -33,7 +33,7 @@ class SlimFlowConfig(RectifiedFlowConfig):
         guided_weight: weight of the flow-guided term of the distillation; 0 leaves the regression on pairs.
         first_step: who goes the first part of the guide's two steps: the `student` (public code) or the `guide` (the
             paper's text).
-        min_elapsed, max_elapsed: range of the length of that part, of a whole of 1.
+        min_elapsed, max_elapsed: range of the length of that part, of a whole of 1 from the start to the clean end.
     """
 
     anneal_steps: int = 300_000
@@ -61,7 +61,7 @@ class SlimFlow(RectifiedFlow):
 
         reflow:   z' = sqrt(1 - beta^2) z + beta z_new,  beta = max(0, 1 - step / anneal_steps); as reflow with z' for z
         distill:  L = d(x0_student(z, T), x0) + weight * d(x0_student(z_new, T), sg x0_guide(x_u, u)),
-                  x_u = jump(student (or guide) at (z_new, T) -> u),   level of u uniform in 1 - [0.2, 0.8]
+                  x_u = jump(student (or guide) at (z_new, T) -> u),   level of u uniform in 1 - [0.2, 0.8] of the start's
 
     At beta = 1 sample and noise are independent, which trains from scratch as flow matching does; at 0 it is reflow.
     With v = z - x0 and elapsed time tau = 1 - u the second term compares v_student(z, 1) with the public code's
