@@ -146,16 +146,3 @@ def test_the_table_of_many_devices_is_that_of_plans():
     assert rows[1].replicated == rows[1].sharded == plan().needed
     assert rows[8].replicated == plan(gpus=8).needed
     assert rows[8].sharded == plan(gpus=8, sharded=True).needed == with_margin(plan(gpus=8, sharded=True).tensors)
-
-
-def test_a_change_that_the_method_refuses_is_not_advised():
-    """Such as an adapter of a student that has a new input."""
-
-    def replan(changed):
-        if changed.values["student"] == "lora":
-            raise ValueError("which a LoRA cannot carry")
-        return plan()
-
-    taken, _ = advise(recipe(**COPIES), plan(), replan, GB)
-    flags = " ".join(lever.flags for lever in taken)
-    assert "--fake_score lora" in flags and "--student lora" not in flags

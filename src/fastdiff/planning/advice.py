@@ -15,23 +15,21 @@ Replan = Callable[[Recipe], Plan]
 def advise(recipe: Recipe, plan: Plan, replan: Replan, memory: int) -> tuple[list[Lever], Plan]:
     """Changes to make together, the most saving first, and the plan with all of them.
 
-    What saves most is estimated from the plan's own numbers; then the changed recipe is planned anew, and a change that
-    the method refuses (a LoRA of a student with a new input, say) is not advised.
+    Savings are estimated from the plan's own numbers; when they should suffice the changed recipe is planned anew, and
+    if it does not fit after all the next changes follow.
     """
     taken: list[Lever] = []
-    refused: set[str] = set()
+    hoped = plan.needed
     while plan.needed > memory:
-        left = [lever for lever in levers(recipe, plan) if lever.saving > 0 and lever.flags not in refused]
+        left = [lever for lever in levers(recipe, plan) if lever.saving > 0]
         if not left:
-            break
+            return taken, replan(recipe) if hoped < plan.needed else plan
         best = max(left, key=lambda lever: lever.saving)
-        try:
-            changed = recipe.changed(**best.changes)
-            plan = replan(changed)
-        except ValueError:
-            refused.add(best.flags)
-            continue
-        taken, recipe = _with(taken, best), changed
+        taken = _with(taken, best)
+        recipe, hoped = recipe.changed(**best.changes), hoped - best.saving
+        if hoped <= memory:
+            plan = replan(recipe)
+            hoped = plan.needed
     return taken, plan
 
 
