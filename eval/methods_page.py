@@ -40,7 +40,7 @@ for most.
 
 TUNING = """
 How recipes were found: settings were tried on the validation prompts (`emoji-2k-validation/tower-v1`) with seed 0, up to
-about four runs of 800 steps x 32 samples a recipe, starting from those of `dmd2_1step` (methods of scores) or `lcm_lora`
+about six runs of 800 steps x 32 samples a recipe, starting from those of `dmd2_1step` (methods of scores) or `lcm_lora`
 (trajectories), which took more themselves; what was tried is learning rate, start time, time range, loss and the weights of added terms. Test prompts
 were then scored once a student. Recipes marked so below were scored twice: a first version went wrong, and its reason
 was found on validation prompts.
