@@ -6,6 +6,7 @@ from collections import Counter
 import pytest
 
 from fastdiff.engine import Settings
+from fastdiff.methods import METHODS, method_named
 from fastdiff.planning import levers as module
 from fastdiff.planning.advice import advise
 from fastdiff.planning.levers import levers
@@ -146,3 +147,41 @@ def test_the_table_of_many_devices_is_that_of_plans():
     assert rows[1].replicated == rows[1].sharded == plan().needed
     assert rows[8].replicated == plan(gpus=8).needed
     assert rows[8].sharded == plan(gpus=8, sharded=True).needed == with_margin(plan(gpus=8, sharded=True).tensors)
+
+
+OWN = [
+    {"method": "apex"},
+    {"method": "meanflow"},
+    {"method": "ctm"},
+    {"method": "lcm", "guidance_range": (2.0, 8.0)},
+    {"method": "slimflow", "student_layers_per_block": 1},
+]
+
+
+@pytest.mark.parametrize("values", OWN, ids=lambda values: values["method"])
+def test_an_adapter_is_not_advised_for_a_student_of_another_network(values, tiny_sd):
+    full = resolve({"student": "full", "train_batch_size": 4} | values)
+    assert not any("--student lora" in lever.flags for lever in levers(full, plan()))
+    method = method_named(full.method)
+    assert method(full.build(method.Config)).student_network(tiny_sd.unet) is not None
+
+
+@pytest.mark.parametrize("cls", METHODS, ids=lambda cls: cls.info.name)
+def test_methods_say_whether_their_student_is_another_network(cls, tiny_sd):
+    method = cls(cls.Config())
+    assert method.own_network == (method.student_network(tiny_sd.unet) is not None)
+
+
+@pytest.mark.parametrize(
+    ("values", "halved"),
+    [
+        ({"method": "apex", "train_batch_size": 4}, False),
+        ({"method": "apex", "train_batch_size": 8}, True),
+        ({"method": "freeflow", "train_batch_size": 6}, False),
+        ({"method": "dmd2", "train_batch_size": 2}, True),
+        ({"method": "dmd2", "train_batch_size": 1}, False),
+    ],
+)
+def test_batches_are_halved_as_far_as_the_method_goes(values, halved):
+    found = levers(resolve({"student": "full"} | values), plan())
+    assert any("--train_batch_size" in lever.flags for lever in found) == halved

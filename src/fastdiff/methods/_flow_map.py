@@ -76,6 +76,10 @@ def check_adaptive(norm_power: float, norm_constant: float) -> None:
 class EndTold(Method):
     """A full student told where its jump ends; as sampled here, with jumps to the clean end, it is told one thing only."""
 
+    @property
+    def own_network(self) -> bool:
+        return True
+
     def student_network(self, network: nn.Module) -> nn.Module | None:
         return with_extra_times(network)
 

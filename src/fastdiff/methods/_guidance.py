@@ -25,13 +25,17 @@ class GuidanceInput(Method):
 
     config: GuidanceSettings
 
+    @property
+    def own_network(self) -> bool:
+        return self.config.guidance_range is not None
+
     def student_network(self, network: nn.Module) -> nn.Module | None:
         """A network that is told its guidance.
 
         Raises:
             ValueError: if the student's users would have to say it to a stock pipeline that cannot pass it on.
         """
-        if self.config.guidance_range is None:
+        if not self.own_network:
             return None
         if self.sampling_guidance > 1 and not isinstance(network, WidenableNetwork) and not has_own_slot(network):
             raise ValueError(

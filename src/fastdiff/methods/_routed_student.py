@@ -91,6 +91,10 @@ class SmallStudent(Method):
 
     config: SmallStudentConfig
 
+    @property
+    def own_network(self) -> bool:
+        return not self.config.shape().whole or super().own_network
+
     def student_network(self, network: nn.Module) -> nn.Module | None:
         if self.config.shape().whole:
             return super().student_network(network)

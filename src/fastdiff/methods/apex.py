@@ -127,8 +127,16 @@ class APEX(Method):
     def sampler(self) -> SamplerSpec:
         return SamplerSpec("lcm", self.config.timesteps)
 
+    @property
+    def own_network(self) -> bool:
+        return self.config.losses == "code"
+
+    @property
+    def least_batch(self) -> int:
+        return GROUPS if self.config.losses == "code" else 1
+
     def student_network(self, network: nn.Module) -> nn.Module | None:
-        return with_extra_times(network, 2) if self.config.losses == "code" else None
+        return with_extra_times(network, 2) if self.own_network else None
 
     def sampling_inputs(self, denoiser: Denoiser, batch_size: int, device: torch.device) -> dict[str, Tensor]:
         if self.config.losses == "paper":

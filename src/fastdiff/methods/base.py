@@ -211,6 +211,16 @@ class Method(ABC):
         """Trainable modules on the scorer's features, e.g. heads of a discriminator of images; asked with a scorer."""
         return {}
 
+    @property
+    def own_network(self) -> bool:
+        """Whether the student is another network than the teacher's (`student_network`), which no adapter can be."""
+        return False
+
+    @property
+    def least_batch(self) -> int:
+        """Samples a micro-batch must hold."""
+        return 1
+
     def student_network(self, network: nn.Module) -> nn.Module | None:
         """The student's network when it needs inputs the teacher lacks, made from a copy of the teacher; else None."""
         return None

@@ -109,8 +109,12 @@ class CTM(Trajectory):
         points = grid_points(config.num_ddim_timesteps).tolist()
         self._steps = DeviceTable(sub_steps(points[1:], points[:-1], config.solver_steps))
 
+    @property
+    def own_network(self) -> bool:
+        return self.tells_end
+
     def student_network(self, network: nn.Module) -> nn.Module | None:
-        return with_extra_times(network) if self.tells_end else None
+        return with_extra_times(network) if self.own_network else None
 
     @property
     def always_clean(self) -> bool:

@@ -119,6 +119,10 @@ class FreeFlow(EndTold):
         super().__init__(config)
         self.tangents = Tangents(chord=config.tangent_chord)
 
+    @property
+    def least_batch(self) -> int:
+        return max(1, self.config.correct_every)
+
     def groups(self) -> dict[str, Group]:
         fake = {"fake_score": Group(self.config.fake_score_learning_rate)}
         return {"student": Group()} | (fake if self.config.correct_every else {})

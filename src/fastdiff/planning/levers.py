@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from importlib.util import find_spec
 from typing import Any
 
-from fastdiff.methods import method_named
+from fastdiff.methods import Method, method_named
 from fastdiff.planning.plan import Plan
 from fastdiff.planning.sharing import device_phases
 from fastdiff.planning.tracker import ACTIVATIONS
@@ -79,7 +79,11 @@ def _critics(recipe: Recipe, plan: Plan) -> Iterator[Lever]:
 def _training(recipe: Recipe, plan: Plan) -> Iterator[Lever]:
     values, sizes = recipe.values, plan.walked.sizes
     alone = values["fsdp"] == "none"
-    if values["student"] == "full" and "lora" in method_named(recipe.method).info.student_kinds:
+    if (
+        values["student"] == "full"
+        and "lora" in _method(recipe).info.student_kinds
+        and not _method(recipe).own_network
+    ):
         changes = {"student": "lora", "learning_rate": 1e-4}
         saving = _FULL * sizes["student"] // (1 if alone else plan.gpus)
         yield Lever("--student lora --learning_rate 1e-4", "a LoRA student", changes, saving)
@@ -102,11 +106,16 @@ def _activations(recipe: Recipe, plan: Plan) -> Iterator[Lever]:
     if method_named(recipe.method).critics and not values["split_roles"]:
         saving = round(_SPLIT * activations)
         yield Lever("--split_roles", "more, smaller network calls", {"split_roles": True}, saving)
-    if values["train_batch_size"] > 1:
+    if values["train_batch_size"] // 2 >= _method(recipe).least_batch:
         size, accumulation = values["train_batch_size"] // 2, values["gradient_accumulation_steps"] * 2
         changes = {"train_batch_size": size, "gradient_accumulation_steps": accumulation}
         flags = f"--train_batch_size {size} --gradient_accumulation_steps {accumulation}"
         yield Lever(flags, "more, smaller calls", changes, round(_HALF_BATCH * activations))
+
+
+def _method(recipe: Recipe) -> Method:
+    method = method_named(recipe.method)
+    return method(recipe.build(method.Config))
 
 
 def _full_roles(recipe: Recipe) -> bool:
@@ -123,10 +132,10 @@ def _can_quantize(recipe: Recipe) -> bool:
 
 def _can_shard(recipe: Recipe) -> bool:
     """What `Settings` and the engine accept together with fsdp."""
-    values, method = recipe.values, method_named(recipe.method)
+    values = recipe.values
     low = values["fake_score_dtype"] != "fp32" or values["fake_score_in_backward"]
     refused = low or values["quantize_base"] != "none" or values["torch_compile"]
     if values["fsdp"] != "none" or refused:
         return False
     full = "full" in (values["student"], values["fake_score"])
-    return not full or not (values["use_8bit_adam"] or method(recipe.build(method.Config)).frozen())
+    return not full or not (values["use_8bit_adam"] or _method(recipe).frozen())
