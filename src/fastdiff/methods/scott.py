@@ -24,8 +24,8 @@ _BLURRY_FROM = 0.3
 
 @dataclass(frozen=True)
 class SCottConfig(AdversarialTrajectoryConfig, LCMConfig):
-    """The adversarial weight, solver steps, decay of the target and learning rate of the discriminator are the paper's,
-    which trains with batch 40 at a learning rate of 8e-6 for 40,000 steps; grid, solver and noise
+    """The adversarial weight, solver steps, decay of the target and learning rate of the discriminator are the paper's
+    as others cite it, which trains with batch 40 at a learning rate of 8e-6 for 40,000 steps; grid, solver and noise
     strength are ours.
 
     Args:
