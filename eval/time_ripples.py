@@ -18,11 +18,11 @@ import torch
 from torch import Tensor
 
 from fastdiff.diffusion import solve
-from fastdiff.methods._continuous import log_kappa_rate, ode_direction, root_mean_square, trig_velocity
+from fastdiff.methods.scm import log_kappa_rate, root_mean_square, trig_velocity
 from fastdiff.models.conditioning import Conditioning
 from fastdiff.models.denoiser import Denoiser
 from fastdiff.models.roles import TEACHER, Roles
-from fastdiff.models.tangents import Point, Tangents
+from fastdiff.models.tangents import Point, Tangents, ode_direction
 from fastdiff.models.teacher import Teacher
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -32,7 +32,7 @@ def refuses(fails, tiny_sd_folder, prompts_file, tmp_path):
     [
         ("Did you mean 'learning_rate'", ["--learing_rate", "1"]),
         ("Did you mean 'dmd2'", ["--method", "dmdd2"]),
-        (["huber_c", "belongs to method lcm"], ["--huber_c", "1"]),
+        (["huber_c", "belongs to method ", "lcm"], ["--huber_c", "1"]),
         (["scale_lr", "multiply --learning_rate"], ["--scale_lr"]),
         (["learning_rate", "positive"], ["--learning_rate", "-1"]),
         (["learning_rate", "finite"], ["--learning_rate", "nan"]),

@@ -90,10 +90,10 @@ def test_the_mode_lets_ordinary_work_pass():
         torch.where(X > 0, X, 0).to(torch.bfloat16)
 
 
-def trainer(pipeline, folder, name, **settings):
+def trainer(pipeline, folder, name, config=None, **settings):
     method = method_named(name)
     names = {field for field in method.Config.__dataclass_fields__}
-    config = {"student_update_every": 2} if "student_update_every" in names else {}
+    config = ({"student_update_every": 2} if "student_update_every" in names else {}) | (config or {})
     if name == "msd":  # one student: what is routed is chosen with the data
         config["students"] = 1
     values = {"student": "lora" if "lora" in method.info.student_kinds else "full", "lora_rank": 2} | settings
@@ -128,6 +128,10 @@ def check(run, warm_up=0):
 )
 def test_a_step_reads_nothing(tiny_sd, tmp_path, name, settings):
     check(trainer(tiny_sd, tmp_path, name, **settings))
+
+
+def test_pairs_made_on_the_way_read_nothing(tiny_sd, tmp_path):
+    check(trainer(tiny_sd, tmp_path, "kd", config={"online_steps": 2}))
 
 
 def test_a_low_precision_critic_reads_nothing(tiny_sd, tmp_path):

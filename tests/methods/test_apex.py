@@ -79,6 +79,17 @@ def test_the_residual_vanishes_on_stable_diffusions_table_too():
     assert sizes[0] > sizes[1] > sizes[2] and sizes[1] / sizes[2] == pytest.approx(2, abs=0.4)
 
 
+def test_at_the_first_index_of_a_table_the_residual_is_the_velocitys():
+    """No network knows a time below it, where the difference would end."""
+    t, s = f64([0.0, 0.0, 0.3, 0.3]), f64([-1.0, -0.5, -1.0, -0.2])
+    schedule, x_t = exact_velocity("epsilon", t)
+    denoiser, batch = denoiser_with(MapNetwork(schedule, "epsilon"), "epsilon"), batch_of(4, 2)
+    ctx, apex = context(denoiser, 4), method()
+    v = denoiser(x_t, t, batch.cond, "teacher").flow
+    F = apex.ask(x_t, t, s, batch.cond, ctx).flow
+    torch.testing.assert_close(apex.residual(F, v, x_t, t, s, batch.cond, ctx), F - v)
+
+
 def test_small_steps_of_one_segment_are_meanflows_identity():
     """R -> F + (a_t - a_s) dF/da - v, the latter by differences on a network that is no map at all."""
     torch.manual_seed(0)
@@ -185,12 +196,6 @@ def test_jumps_weigh_more_the_shorter_they_are():
     expected = [1.0, 1 + math.tan(0.3 * math.pi), 1 + math.tan(0.4 * math.pi)]
     assert weight.tolist() == pytest.approx(expected)
     assert expected[-1] == pytest.approx(4.0777, abs=1e-4)
-
-
-def test_too_small_a_batch_is_named():
-    denoiser = denoiser_with(with_extra_times(PointNet(2, 1), 2))
-    with pytest.raises(ValueError, match="train_batch_size 4"):
-        method().student_loss(batch_of(3, 2, torch.zeros(3, 2, 1, 1)), context(denoiser, 3))
 
 
 def test_the_untrained_student_is_the_teacher_and_it_alone_learns(tiny_sd):

@@ -40,7 +40,8 @@ LAW = Gaussian(f64([MU]), f64([[S]]))
 
 
 def method(**config) -> LCM:
-    return LCM(LCMConfig(**{"guidance_scale": 1.0, "loss_type": "l2"} | config))
+    own = {"loss_type": "l2"} if "guidance_range" in config else {"guidance_scale": 1.0, "loss_type": "l2"}
+    return LCM(LCMConfig(**own | config))
 
 
 def levels(i: int) -> tuple[float, float]:

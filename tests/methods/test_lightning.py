@@ -224,6 +224,19 @@ def test_ends_are_judged_at_noisier_times_of_the_list_only():
     torch.testing.assert_close(noises[0], draw, rtol=0, atol=1e-9)
 
 
+def test_steps_that_do_not_divide_begin_where_the_sampler_does():
+    """Three steps from 999 begin at 998, at plain noise; no extra time lies above."""
+    lightning = method(num_inference_steps=3)
+    assert lightning.sampler().timesteps == (998, 665, 332)
+    denoiser = denoiser_of(ExactNetwork(LAW, SD, "epsilon"), student=free())
+    ctx = context(denoiser, 3, {"step": torch.arange(3)})
+    start = lightning.transition(batch_of(3, 2, spatial(noise(3))), ctx).start
+    assert start.t.tolist() == [998.0, 665.0, 332.0]
+    torch.testing.assert_close(start.x_t[0], ctx.random.normal("eps", (2, 1, 1)).double()[0])
+    with pytest.raises(ValueError, match="extra_timesteps must be from 0 to 997"):
+        method(num_inference_steps=3, extra_timesteps=(998,))
+
+
 def test_a_student_of_one_step_also_learns_the_times_its_teacher_knows():
     """The rest of each of the teacher's steps, against its solution walked by hand; they all end clean."""
     student = free()

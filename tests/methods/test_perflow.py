@@ -26,7 +26,8 @@ VALUES, BASIS = torch.linalg.eigh(LAW.cov)
 
 
 def method(**config) -> PeRFlow:
-    return PeRFlow(PeRFlowConfig(**{"guidance_scale": 1.0, "prompt_dropout": 0.0, "solver_steps": 5} | config))
+    own = {"prompt_dropout": 0.0, "solver_steps": 5} | ({} if config.get("cfg_sync") else {"guidance_scale": 1.0})
+    return PeRFlow(PeRFlowConfig(**own | config))
 
 
 def teacher_matrix(law: Gaussian, start: float, end: float, steps: int, schedule) -> torch.Tensor:
@@ -190,7 +191,7 @@ def test_guidance_reaches_the_solver_unless_it_is_left_to_the_student():
     batch = batch_of(ROWS, 2, spatial(noise(ROWS)))
     found = method(guidance_scale=w).student_loss(batch, context(denoiser, ROWS, everywhere()))["perflow"]
     assert found < 1e-17
-    synced = method(guidance_scale=w, cfg_sync=True)
+    synced = method(cfg_sync=True)
     plain = denoiser_of(LabelledGaussians(laws), student=WindowNetwork(LAW, 4, 5, SD, "epsilon"))
     assert synced.student_loss(batch, context(plain, ROWS, everywhere()))["perflow"] < 1e-17
 

@@ -18,8 +18,8 @@ from fastdiff.diffusion import (
     trailing_grid,
 )
 from fastdiff.engine import Settings, Trainer
-from fastdiff.methods._flow_map import noise_share
-from fastdiff.methods._straight import line_through, time_of_level
+from fastdiff.methods._flow_map import noise_share, time_of_share
+from fastdiff.methods._straight import line_through
 from fastdiff.methods.base import Context
 from fastdiff.methods.kd import KD, KDConfig
 from fastdiff.methods.rectified_flow import RectifiedFlow, RectifiedFlowConfig
@@ -135,6 +135,12 @@ def test_one_step_from_an_earlier_index_is_baked_into_the_stock_scheduler():
     torch.testing.assert_close(found, coupled(z), rtol=0, atol=1e-6)
 
 
+def test_lines_begin_where_the_sampler_feeds_noise():
+    flow = RectifiedFlow(RectifiedFlowConfig(num_inference_steps=3))
+    found = flow.start(torch.zeros(2), context(denoiser_of(ExactNetwork(LAW, SD, "epsilon")), 2))
+    assert found.tolist() == [flow.sampler().timesteps[0]] * 2 == [998, 998]
+
+
 # The teacher as a rectified flow
 
 
@@ -190,7 +196,7 @@ def test_a_real_network_seen_as_a_rectified_flow_gives_the_same_samples(tiny_sd)
 
 def test_levels_and_times_are_inverse():
     t = f64([0.0, 1.0, 399.0, 998.5, 999.0])
-    torch.testing.assert_close(time_of_level(noise_share(SD, t), SD), t, rtol=0, atol=1e-9)
+    torch.testing.assert_close(time_of_share(SD, noise_share(SD, t)), t, rtol=0, atol=1e-9)
     assert noise_share(SD, f64([999.0])).item() == pytest.approx(0.93596, abs=1e-5)
     assert noise_share(SD, f64([0.0])).item() == pytest.approx(0.02834, abs=1e-5)
     torch.testing.assert_close(noise_share(FLOW, f64([0.3])), f64([0.3]))

@@ -15,8 +15,8 @@ from fastdiff.diffusion import FlowSchedule, Terminal, TrigSchedule, jump
 from fastdiff.diffusion.losses import mse
 from fastdiff.engine import Trainer
 from fastdiff.engine.networks import build_networks
-from fastdiff.methods._continuous import log_normal_time, trig_velocity
-from fastdiff.methods.scm import SCM, SCMConfig, tangent
+from fastdiff.methods.base import log_normal_time
+from fastdiff.methods.scm import SCM, SCMConfig, tangent, trig_velocity
 from fastdiff.models.analytic import AnalyticTeacher, ExactNetwork, pretrain
 from fastdiff.models.analytic_networks import PointNet
 from fastdiff.models.conditioning import Conditioning

@@ -14,8 +14,7 @@ from straight_helpers import FLOW, KINDS, LAW, A, Free, StraightNetwork, noise, 
 from fastdiff.diffusion import jump
 from fastdiff.engine import Settings
 from fastdiff.engine.networks import build_networks
-from fastdiff.methods._flow_map import noise_share
-from fastdiff.methods._straight import time_of_level
+from fastdiff.methods._flow_map import noise_share, time_of_share
 from fastdiff.methods.rectified_flow import RectifiedFlow, RectifiedFlowConfig
 from fastdiff.methods.slimflow import GUIDE, SlimFlow, SlimFlowConfig
 from fastdiff.models.analytic import ExactNetwork
@@ -26,7 +25,8 @@ STUDENT = {"slope": f64([[0.3, 0.1], [0.0, 0.5]]), "offset": f64([0.2, -0.1])}
 
 
 def method(**config) -> SlimFlow:
-    return SlimFlow(SlimFlowConfig(**{"flip_pairs": False, "anneal_steps": 100} | config))
+    own = {"flip_pairs": False} if config.get("objective") == "distill" else {"flip_pairs": False, "anneal_steps": 100}
+    return SlimFlow(SlimFlowConfig(**own | config))
 
 
 def coupled(z: torch.Tensor) -> torch.Tensor:
@@ -177,7 +177,7 @@ def test_only_the_student_gets_a_gradient_and_its_first_step_none():
     fed = ctx.random.normal("guided/noise", (2, 1, 1)).double()
     prediction = denoiser(fed, start, pairs(z, z).cond, "student")
     elapsed = 0.2 + 0.6 * ctx.random.uniform("guided/elapsed")
-    u = time_of_level((1 - elapsed) * noise_share(SD, start), SD)
+    u = time_of_share(SD, (1 - elapsed) * noise_share(SD, start))
     with torch.no_grad():
         target = denoiser(jump(denoiser(fed, start, pairs(z, z).cond, "student"), u), u, pairs(z, z).cond, GUIDE).x0
     (expected,) = torch.autograd.grad((prediction.x0 - target).square().mean(), [student.slope])

@@ -176,4 +176,4 @@ def _collate(items: list[dict[str, Any]]) -> dict[str, Any]:
     return default_collate(items)
 
 
-__all__ = ["CachedData", "ChosenData", "Captions", "ImageTextData", "PromptData", "TrainingData"]
+__all__ = ["CachedData", "Captions", "ChosenData", "ImageTextData", "PromptData", "TrainingData"]

@@ -188,9 +188,10 @@ def _specs(method: Method, teacher: TeacherLike, settings: Settings) -> dict[str
                 )
         # An adapter's target is the live adapter, for the same reason.
         elif full:
-            specs[target.role] = FullSpec(copy.deepcopy(specs[target.source].module))
+            specs[target.role] = FullSpec(copy.deepcopy(specs[target.source].module), trainable=False)
     for role, like in method.frozen().items():
-        specs[role] = copy.deepcopy(specs[like])
+        own = copy.deepcopy(specs[like])
+        specs[role] = replace(own, trainable=False) if isinstance(own, FullSpec) else own
     return specs
 
 

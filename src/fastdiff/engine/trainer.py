@@ -67,6 +67,7 @@ class Trainer:
     ) -> None:
         from accelerate import Accelerator
 
+        _check_batch(method, settings)
         self.method, self.teacher, self.settings = method, teacher, settings
         self.accelerator = accelerator or Accelerator(mixed_precision="no")
         self.device = self.accelerator.device
@@ -354,3 +355,11 @@ class Trainer:
 def _numbers(names: Iterable[str]) -> list[int]:
     """The numbers of parameters that names of optimizer states and averages begin with."""
     return [int(name.split(".", 1)[0]) for name in names]
+
+
+def _check_batch(method: Method, settings: Settings) -> None:
+    if settings.train_batch_size < method.least_batch:
+        raise ValueError(
+            f"{method.info.name} needs micro-batches of {method.least_batch} samples or more with these settings, got "
+            f"train_batch_size {settings.train_batch_size}: raise it (gradient_accumulation_steps does not serve)"
+        )

@@ -7,7 +7,7 @@ import difflib
 from fastdiff.methods.apex import APEX, APEXConfig
 from fastdiff.methods.base import Batch, Context, Group, Method, MethodInfo, TargetNetwork, Update
 from fastdiff.methods.boot import BOOT, BOOTConfig
-from fastdiff.methods.ctm import CTM, TCD, CTMConfig, TCDConfig
+from fastdiff.methods.ctm import CTM, CTMConfig
 from fastdiff.methods.decoupled_dmd import DecoupledDMD, DecoupledDMDConfig
 from fastdiff.methods.diff_instruct import DiffInstruct, DiffInstructConfig
 from fastdiff.methods.disback import DisBack, DisBackConfig
@@ -38,51 +38,56 @@ from fastdiff.methods.scott import SCott, SCottConfig
 from fastdiff.methods.sid import SIM, SiD, SiDA, SiDAConfig, SiDConfig, SiDLSG, SiDLSGConfig, SIMConfig
 from fastdiff.methods.slimflow import SlimFlow, SlimFlowConfig
 from fastdiff.methods.swiftbrush import SwiftBrush, SwiftBrushConfig
+from fastdiff.methods.tcd import TCD, TCDConfig
 from fastdiff.methods.tcm import TCM, TCMConfig
 from fastdiff.methods.tscd import TSCD, TSCDConfig
 from fastdiff.methods.uni_instruct import UniInstruct, UniInstructConfig
 
 METHODS: tuple[type[Method], ...] = (
+    # distribution matching
     DMD2,
-    LCM,
-    GuidanceDistillation,
-    Progressive,
-    CTM,
-    TCD,
-    PCM,
-    TSCD,
-    SCott,
+    DMD,
     DecoupledDMD,
+    PhasedDMD,
+    FlashDMD,
     DisBack,
+    MSD,
     FDistill,
-    KD,
-    RectifiedFlow,
-    RFPP,
+    DiffInstruct,
+    SwiftBrush,
+    PGSB,
+    ScoreDistillation,
+    ScoreMatching,
+    # adversarial
+    LADD,
+    # Fisher divergence
     SiD,
     SiDA,
     SiDLSG,
     SIM,
     UniInstruct,
-    DMD,
-    DiffInstruct,
-    SwiftBrush,
-    PGSB,
-    ScoreDistillation,
-    LADD,
-    PhasedDMD,
-    FlashDMD,
-    SlimFlow,
-    PeRFlow,
+    # trajectory: consistency, phased, continuous, told ends, halving, pairs and straight lines
+    LCM,
+    SCott,
+    PCM,
+    TSCD,
+    CTM,
+    TCD,
     SCM,
-    Lightning,
-    MeanFlow,
-    BOOT,
-    FreeFlow,
-    MSD,
-    ScoreMatching,
-    APEX,
     TCM,
     RCM,
+    MeanFlow,
+    FreeFlow,
+    BOOT,
+    APEX,
+    GuidanceDistillation,
+    Progressive,
+    Lightning,
+    KD,
+    RectifiedFlow,
+    RFPP,
+    SlimFlow,
+    PeRFlow,
 )
 
 
@@ -102,22 +107,8 @@ def method_named(name: str) -> type[Method]:
 
 
 __all__ = [
-    "RCM",
-    "RCMConfig",
-    "TCM",
-    "TCMConfig",
     "APEX",
-    "APEXConfig",
-    "ScoreMatching",
-    "ScoreMatchingConfig",
-    "MSD",
-    "MSDConfig",
-    "FreeFlow",
-    "FreeFlowConfig",
     "BOOT",
-    "BOOTConfig",
-    "MeanFlow",
-    "MeanFlowConfig",
     "CTM",
     "DMD",
     "DMD2",
@@ -125,13 +116,18 @@ __all__ = [
     "LADD",
     "LCM",
     "METHODS",
+    "MSD",
     "PCM",
     "PGSB",
+    "RCM",
     "RFPP",
     "SCM",
     "SIM",
     "TCD",
+    "TCM",
     "TSCD",
+    "APEXConfig",
+    "BOOTConfig",
     "Batch",
     "CTMConfig",
     "Context",
@@ -147,6 +143,8 @@ __all__ = [
     "FDistillConfig",
     "FlashDMD",
     "FlashDMDConfig",
+    "FreeFlow",
+    "FreeFlowConfig",
     "Group",
     "GuidanceDistillation",
     "GuidanceDistillationConfig",
@@ -155,6 +153,9 @@ __all__ = [
     "LCMConfig",
     "Lightning",
     "LightningConfig",
+    "MSDConfig",
+    "MeanFlow",
+    "MeanFlowConfig",
     "Method",
     "MethodInfo",
     "PCMConfig",
@@ -165,6 +166,7 @@ __all__ = [
     "PhasedDMDConfig",
     "Progressive",
     "ProgressiveConfig",
+    "RCMConfig",
     "RFPPConfig",
     "RectifiedFlow",
     "RectifiedFlowConfig",
@@ -174,6 +176,8 @@ __all__ = [
     "SIMConfig",
     "ScoreDistillation",
     "ScoreDistillationConfig",
+    "ScoreMatching",
+    "ScoreMatchingConfig",
     "SiD",
     "SiDA",
     "SiDAConfig",
@@ -185,6 +189,7 @@ __all__ = [
     "SwiftBrush",
     "SwiftBrushConfig",
     "TCDConfig",
+    "TCMConfig",
     "TSCDConfig",
     "TargetNetwork",
     "UniInstruct",

@@ -47,6 +47,10 @@ class AdversarialTrajectory(Trajectory):
         """Noise of a comparison reaches over this part of the indices."""
         return 1
 
+    def inherits(self) -> Mapping[str, tuple[str, ...]] | None:
+        """A run that goes on from another keeps its discriminator too."""
+        return {**super().inherits(), "discriminator": ("discriminator",)}
+
     def groups(self) -> dict[str, Group]:
         if not self.config.adversarial_weight:
             return super().groups()

@@ -57,8 +57,8 @@ def adaptive_distance(
     """Mean over samples of |d|^2 / sg(|d|^2 + constant)^power, with |d|^2 the mean over elements.
 
     The weight of MeanFlow (arXiv 2505.13447) with a mean in place of its sum, so that `constant` does not depend on
-    the resolution. At power 1 every sample's gradient has about the same length. Samples that are not `finite`
-    `(B,)` do not count.
+    the resolution. At power 1/2 every sample's gradient has about one length; at power 1 every sample's loss has about
+    one value, and its gradient falls as 1/|d|. Samples that are not `finite` `(B,)` do not count.
     """
     square = (prediction - target.detach()).square().flatten(1).mean(1)
     if finite is not None:

@@ -7,6 +7,7 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
+from fastdiff.methods._unread import refuse_unread
 from fastdiff.methods.base import Context, Method
 from fastdiff.models.analytic_networks import WidenableNetwork
 from fastdiff.models.denoiser import Denoiser
@@ -66,7 +67,15 @@ class GuidanceInput(Method):
         )
 
 
-def check_range(guidance_range: tuple[float, float] | None) -> None:
-    """Refuses a range that is none."""
-    if guidance_range is not None and not 0 <= guidance_range[0] <= guidance_range[1]:
-        raise ValueError(f"guidance_range must be (low, high), not negative, got {guidance_range}")
+def check_range(config: GuidanceSettings) -> None:
+    """Refuses a range that is none, and one strength beside a range.
+
+    Raises:
+        ValueError: naming the setting.
+    """
+    if config.guidance_range is None:
+        return
+    low, high = config.guidance_range
+    if not 0 <= low <= high:
+        raise ValueError(f"guidance_range must be (low, high), not negative, got {config.guidance_range}")
+    refuse_unread(config, ("guidance_scale",), "with guidance_range, from which w is drawn")

@@ -1,4 +1,4 @@
-"""One of several students, each for a part of the conditions and maybe smaller than its teacher."""
+"""One of several students, each for a part of the conditions."""
 
 from __future__ import annotations
 
@@ -7,55 +7,15 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from fastdiff.methods.base import Method
+from fastdiff.methods._small_student import SmallStudent, SmallStudentConfig
 from fastdiff.models.conditioning import Conditioning
 from fastdiff.models.routing import Router, features_of
-from fastdiff.models.small import SmallShape, small_unet
 
 logger = logging.getLogger(__name__)
 
 _ENCODED_AT_ONCE = 64
-
-
-@dataclass(frozen=True)
-class SmallStudentConfig:
-    """The size of the student's network, and of a full fake score.
-
-    Args:
-        student_width: channels as a share of the teacher's.
-        student_layers_per_block: most residual layers of a block; the teacher's if not given.
-        student_transformer_layers: most transformer layers of an attention; the teacher's if not given.
-        student_removed_levels: levels of resolution left out, 0 being the finest.
-    """
-
-    student_width: float = 1.0
-    student_layers_per_block: int | None = None
-    student_transformer_layers: int | None = None
-    student_removed_levels: tuple[int, ...] = ()
-
-    def check_whole(self, reason: str) -> None:
-        """Refuses a smaller student.
-
-        Raises:
-            ValueError: with the reason.
-        """
-        if not self.shape().whole:
-            raise ValueError(f"this method has no smaller student: {reason}. Leave the student's sizes out")
-
-    def shape(self) -> SmallShape:
-        """The size in one object.
-
-        Raises:
-            ValueError: if a number is out of range.
-        """
-        return SmallShape(
-            self.student_width,
-            self.student_layers_per_block,
-            self.student_transformer_layers,
-            self.student_removed_levels,
-        )
 
 
 @dataclass(frozen=True)
@@ -84,34 +44,6 @@ class RoutedStudentConfig(SmallStudentConfig):
                 f"student_number must be from 0 to {self.students - 1}, since there are {self.students} students, "
                 f"got {self.student_number}"
             )
-
-
-class SmallStudent(Method):
-    """A method whose student may be a smaller network than its teacher."""
-
-    config: SmallStudentConfig
-
-    @property
-    def own_network(self) -> bool:
-        return not self.config.shape().whole or super().own_network
-
-    def student_network(self, network: nn.Module) -> nn.Module | None:
-        if self.config.shape().whole:
-            return super().student_network(network)
-        student, kept = small_unet(network, self.config.shape())
-        logger.info("%s", kept)
-        return student
-
-    def critic_network(self, network: nn.Module) -> nn.Module | None:
-        shape = self.config.shape()
-        return super().critic_network(network) if shape.whole else small_unet(network, shape)[0]
-
-    def inherits(self) -> dict[str, tuple[str, ...]] | None:
-        """A small fake score starts as the student of the run that was fitted to the teacher's scores."""
-        if self.config.shape().whole:
-            return super().inherits()
-        starts = {name: (name,) for name in self.groups()}
-        return starts | {name: (name, "student") for name in self.critics if name in starts}
 
 
 class RoutedStudent(SmallStudent):

@@ -24,6 +24,7 @@ from fastdiff.methods.base import (
     check_positive,
 )
 from fastdiff.models.denoiser import Ask
+from fastdiff.models.roles import TEACHER
 from fastdiff.models.sampler import SamplerSpec
 
 
@@ -122,7 +123,7 @@ class ScoreGap(RoutedStudent):
     def asks(self, batch: Batch, ctx: Context) -> list[Ask]:
         """The teacher's and the fake score's question; only the teacher is guided unless a method says otherwise."""
         return [
-            Ask("teacher", batch.cond, batch.null, self.config.guidance_scale),
+            Ask(TEACHER, batch.cond, batch.null, self.config.guidance_scale),
             Ask("fake_score", batch.cond),
         ]
 

@@ -21,6 +21,7 @@ from fastdiff.diffusion.prediction import Prediction
 from fastdiff.diffusion.schedules import CLEAN_INDEX, NoiseSchedule
 from fastdiff.diffusion.steps import jump
 from fastdiff.diffusion.tensors import DeviceTable, broadcast_to
+from fastdiff.methods._unread import refuse_unread
 from fastdiff.methods.base import (
     Batch,
     Context,
@@ -31,6 +32,7 @@ from fastdiff.methods.base import (
 )
 from fastdiff.models.denoiser import Denoiser
 from fastdiff.models.roles import TEACHER
+from fastdiff.models.sampler import SamplerSpec
 
 TARGET = "target"
 
@@ -57,6 +59,8 @@ class TrajectoryConfig:
     def __post_init__(self) -> None:
         check_not_negative(guidance_scale=self.guidance_scale, target_decay=self.target_decay)
         check_positive(num_ddim_timesteps=self.num_ddim_timesteps, huber_c=self.huber_c)
+        if self.loss_type == "l2":
+            refuse_unread(self, ("huber_c",), "with loss_type l2")
         if not self.target_decay < 1:
             raise ValueError(f"target_decay must be in [0, 1), got {self.target_decay}")
 
@@ -87,7 +91,7 @@ class Pair:
 
 
 class Trajectory(Method):
-    """Consistency along the teacher's trajectory. A method overrides `end`, `reach`, `solve` or `inputs`."""
+    """Consistency along the teacher's trajectory. A method overrides what is under "What methods change"."""
 
     config: TrajectoryConfig
 
@@ -101,9 +105,8 @@ class Trajectory(Method):
         return (TargetNetwork(TARGET, "student", self.config.target_decay),)
 
     def inherits(self) -> Mapping[str, tuple[str, ...]] | None:
-        """A run that goes on from another keeps its discriminator, and starts its average anew from the student."""
-        own = {"student": ("student",), "discriminator": ("discriminator",)}
-        return own | {target.role: (target.source,) for target in self.targets()}
+        """A run that goes on from another starts its average anew from the student."""
+        return {"student": ("student",)} | {target.role: (target.source,) for target in self.targets()}
 
     def student_loss(self, batch: Batch, ctx: Context) -> Mapping[str, Tensor]:
         """One consistency pair a sample, and whatever the method adds."""
@@ -125,13 +128,6 @@ class Trajectory(Method):
             target = self.reach_from(x_u, u, s, arrived, batch, ctx, self.target_role(ctx), inputs)
         return Pair(student, target, place)
 
-    def place(self, ctx: Context, device: torch.device) -> Place:
-        """A pair of the grid for each sample, all equally likely, and the end of its map."""
-        points = self.points(ctx.denoiser.schedule, device)
-        number = ctx.random.integers("pair", 0, self.config.num_ddim_timesteps)
-        start, following = points[number + 1], points[number]
-        return Place(number, start, following, self.end(number, points, ctx))
-
     def reach_from(
         self,
         x: Tensor,
@@ -149,6 +145,13 @@ class Trajectory(Method):
         return torch.where(broadcast_to(arrived, x), x.to(there.dtype), there)
 
     # What methods change
+
+    def place(self, ctx: Context, device: torch.device) -> Place:
+        """A pair of the grid for each sample, all equally likely, and the end of its map."""
+        points = self.points(ctx.denoiser.schedule, device)
+        number = ctx.random.integers("pair", 0, self.config.num_ddim_timesteps)
+        start, following = points[number + 1], points[number]
+        return Place(number, start, following, self.end(number, points, ctx))
 
     def points(self, schedule: NoiseSchedule, device: torch.device) -> Tensor:
         """The grid's N + 1 indices, rising, int64; the first is where trajectories end."""
@@ -210,6 +213,11 @@ def sub_steps(starts: Sequence[int], ends: Sequence[int], count: int) -> Tensor:
     return torch.tensor(rows, device="cpu")
 
 
+def filled_indices(indices: Sequence[int], like: Tensor) -> list[Tensor]:
+    """Each index for all samples of `like`, `(B,)`, made on its device."""
+    return [torch.full((len(like),), index, device=like.device) for index in indices]
+
+
 def teacher_path(
     x: Tensor, indices: Sequence[Tensor], batch: Batch, ctx: Context, w: float | Tensor, role: str = TEACHER
 ) -> Tensor:
@@ -218,3 +226,10 @@ def teacher_path(
     for t, s in pairwise(times):
         x = jump(ctx.denoiser(x, t, batch.cond, role, batch.null, w), s)
     return x
+
+
+def jump_sampler(steps: int, eta: float) -> SamplerSpec:
+    """Jumps from time to time down to the clean end, or with `eta` those of TCD."""
+    if eta == 0:
+        return SamplerSpec.trailing("ddim", steps)
+    return SamplerSpec("tcd", SamplerSpec.trailing("tcd", steps).timesteps, eta=eta)

@@ -154,11 +154,6 @@ class APEX(Method):
     def code_losses(self, batch: Batch, ctx: Context) -> Mapping[str, Tensor]:
         """Groups are every fourth sample each, laid side by side: end to end, short, any, fake."""
         rows, schedule = len(batch), ctx.denoiser.schedule
-        if rows < GROUPS:
-            raise ValueError(
-                f"apex splits each micro-batch in {GROUPS} groups, and this one has {rows} samples: give "
-                f"train_batch_size {GROUPS} or more"
-            )
         group = torch.arange(rows, device=batch.indices.device) % GROUPS
         order = torch.cat([torch.arange(k, rows, GROUPS, device=group.device) for k in range(GROUPS)])
         whole, real = len(range(0, rows, GROUPS)), rows - len(range(GROUPS - 1, rows, GROUPS))
@@ -226,9 +221,11 @@ class APEX(Method):
             prediction = self.ask(x, here, following, cond, ctx)
             covered = covered + moved_share(schedule, here, following, v) * prediction.flow
             x, here = jump(prediction, following), following
-        step = broadcast_to((share - first).clamp_min(1e-6).to(v.dtype), v)
-        far = (moved_share(schedule, t, s, v) * F - covered) / step - v
-        return torch.where(broadcast_to(share - end < self.config.difference_step, v), F - v, far)
+        # At the first index of a table no network knows the step's end, and no difference can be taken.
+        taken, least = share - first, self.config.difference_step / 2
+        near = (share - end < self.config.difference_step) | (taken < least)
+        far = (moved_share(schedule, t, s, v) * F - covered) / broadcast_to(taken.clamp_min(least).to(v.dtype), v) - v
+        return torch.where(broadcast_to(near, v), F - v, far)
 
     @torch.no_grad()
     def gap(self, x0: Tensor, cond: Conditioning, rows: Tensor, batch: Batch, ctx: Context) -> Tensor:

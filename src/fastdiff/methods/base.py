@@ -309,6 +309,14 @@ def any_time(ctx: Context, site: str, low: int = 0, high: int | None = None) -> 
     return schedule.time_of_index(ctx.random.integers(site, low, last + 1))
 
 
+def log_normal_time(ctx: Context, site: str, mean: float, std: float) -> Tensor:
+    """`(B,)` times at which ln(sigma / alpha) is normal, held inside the range the teacher knows.
+
+    In flow matching's time this is the logit-normal law, in TrigFlow's ln tan(angle) is normal.
+    """
+    return ctx.denoiser.schedule.time_of_kappa((mean + std * ctx.random.normal(site, ())).exp())
+
+
 def time_at(index: float | int, like: Tensor, schedule: NoiseSchedule) -> Tensor:
     """The schedule time numbered `index` for every sample of `like`, `(B,)`, made without touching the host."""
     return schedule.time_of_index(torch.full((len(like),), float(index), device=like.device))

@@ -1,9 +1,9 @@
-"""Maps to any end of the trajectory: CTM (Kim et al. 2023, arXiv 2310.02279), TCD (Zheng et al. 2024, 2402.19159)."""
+"""Maps to any end of the trajectory, which the network is told (CTM, Kim et al. 2023, arXiv 2310.02279)."""
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import ClassVar, Literal
@@ -17,12 +17,21 @@ from fastdiff.diffusion.schedules import CLEAN_INDEX, NoiseSchedule
 from fastdiff.diffusion.steps import heun_flow, jump
 from fastdiff.diffusion.tensors import DeviceTable, broadcast_to
 from fastdiff.methods._flow_map import end_input
-from fastdiff.methods._trajectory import TARGET, Pair, Place, Trajectory, TrajectoryConfig, grid_points, sub_steps
+from fastdiff.methods._trajectory import (
+    TARGET,
+    Pair,
+    Place,
+    Trajectory,
+    TrajectoryConfig,
+    grid_points,
+    jump_sampler,
+    sub_steps,
+)
 from fastdiff.methods._trajectory_phases import draw_end
 from fastdiff.methods.base import Batch, Context, MethodInfo, any_time, check_not_negative, check_positive, time_at
-from fastdiff.methods.tscd import jump_sampler
 from fastdiff.models.denoiser import Denoiser
 from fastdiff.models.embeddings import with_extra_times
+from fastdiff.models.roles import TEACHER
 from fastdiff.models.sampler import SamplerSpec
 
 Predict = Callable[[Tensor, Tensor], Prediction]
@@ -132,9 +141,13 @@ class CTM(Trajectory):
         return end_input(denoiser.schedule, clean) if self.always_clean else {}
 
     def step_inputs(self, denoiser: Denoiser, t: Tensor, s: Tensor) -> dict[str, Tensor]:
-        return {} if self.always_clean else self.inputs(1.0, s, denoiser)
+        return {} if self.always_clean else self.told_end(s, denoiser)
 
     def inputs(self, w: float | Tensor, s: Tensor, denoiser: Denoiser) -> dict[str, Tensor]:
+        return self.told_end(s, denoiser)
+
+    def told_end(self, s: Tensor, denoiser: Denoiser) -> dict[str, Tensor]:
+        """What says where a jump ends, where the network is told."""
         return end_input(denoiser.schedule, s) if self.tells_end else {}
 
     def end(self, number: Tensor, points: Tensor, ctx: Context) -> Tensor:
@@ -150,7 +163,7 @@ class CTM(Trajectory):
 
     def solve(self, x_t: Tensor, place: Place, batch: Batch, ctx: Context, w: float | Tensor) -> Tensor:
         def predict(x: Tensor, t: Tensor) -> Prediction:
-            return ctx.denoiser(x, t, batch.cond, "teacher", batch.null, w)
+            return ctx.denoiser(x, t, batch.cond, TEACHER, batch.null, w)
 
         for skipped in range(self.config.max_skip):
             steps = self._steps.on(x_t.device)[(place.number - skipped).clamp_min(0)].unbind(1)
@@ -166,16 +179,18 @@ class CTM(Trajectory):
             x_t = jump(predict(x_t, t), s) if self.config.solver == "ddim" else _heun(predict, x_t, t, s, end)
         return x_t
 
-    def student_loss(self, batch: Batch, ctx: Context) -> Mapping[str, Tensor]:
-        pair = self.pair(batch, ctx)
-        if self.config.compare_at == "clean":
-            student = self._to_clean(pair.student, pair.place, batch, ctx)
-            with torch.no_grad():
-                pair = Pair(student, self._to_clean(pair.target, pair.place, batch, ctx), pair.place)
-        terms = {"consistency": self.distance(pair.student, pair.target)}
-        if self.config.denoising_weight:
-            terms["denoising"] = self.config.denoising_weight * self._denoising(batch, ctx)
-        return terms
+    def pair(self, batch: Batch, ctx: Context) -> Pair:
+        pair = super().pair(batch, ctx)
+        if self.config.compare_at == "end":
+            return pair
+        student = self._to_clean(pair.student, pair.place, batch, ctx)
+        with torch.no_grad():
+            return Pair(student, self._to_clean(pair.target, pair.place, batch, ctx), pair.place)
+
+    def student_terms(self, pair: Pair, batch: Batch, ctx: Context) -> dict[str, Tensor]:
+        if not self.config.denoising_weight:
+            return {}
+        return {"denoising": self.config.denoising_weight * self._denoising(batch, ctx)}
 
     def target_role(self, ctx: Context) -> str:
         return "student" if self.config.compare_at == "clean" else super().target_role(ctx)
@@ -185,14 +200,14 @@ class CTM(Trajectory):
             raise ValueError("compare_at clean needs an averaged student, which a LoRA has not: use compare_at end")
         schedule = ctx.denoiser.schedule
         clean = time_at(CLEAN_INDEX, x, schedule)
-        arrived, inputs = place.end == CLEAN_INDEX, self.inputs(1.0, clean, ctx.denoiser)
+        arrived, inputs = place.end == CLEAN_INDEX, self.told_end(clean, ctx.denoiser)
         return self.reach_from(x, schedule.time_of_index(place.end), clean, arrived, batch, ctx, TARGET, inputs)
 
     def _denoising(self, batch: Batch, ctx: Context) -> Tensor:
         x0, schedule = batch.images(), ctx.denoiser.schedule
         t, eps = any_time(ctx, "denoising/t"), ctx.random.normal("denoising/eps", batch.latent_shape)
         x_t = schedule.add_noise(x0, eps, t)
-        prediction = ctx.denoiser(x_t, t, batch.cond, "student", **self.inputs(1.0, t, ctx.denoiser))
+        prediction = ctx.denoiser(x_t, t, batch.cond, "student", **self.told_end(t, ctx.denoiser))
         return mse(prediction.native, prediction.target(x0, eps))
 
 
@@ -208,37 +223,3 @@ def _heun(predict: Predict, x: Tensor, t: Tensor, s: Tensor, end: Tensor) -> Ten
     lowest = first.schedule.t_min
     stepped = heun_flow(lambda y, u: first if u is t else predict(y, u.clamp_min(lowest)), x, t, s)
     return torch.where(broadcast_to(end == CLEAN_INDEX, x), jump(first, s), stepped)
-
-
-@dataclass(frozen=True)
-class TCDConfig(CTMConfig):
-    """As CTM; `eta` is the paper's for four steps.
-
-    Args:
-        eta: the sampler jumps to (1 - eta) of the next time and adds noise up to it (gamma in the paper); pipelines
-            must be called with it, since TCDScheduler's config does not hold it. 0 is served by DDIM.
-    """
-
-    eta: float = 0.3
-
-
-class TCD(CTM):
-    r"""Trajectory consistency distillation: CTM's jumps by a network that is not told where they end.
-
-    Any clean prediction defines a jump to every s, so the optimum is a compromise between ends; in return the student
-    is an ordinary one: it ships as a LoRA and runs with stock TCDScheduler (eta > 0) or DDIMScheduler (eta = 0).
-    """
-
-    info = MethodInfo(
-        name="tcd",
-        title="Trajectory consistency distillation (TCD)",
-        family="trajectory",
-        paper="Trajectory Consistency Distillation",
-        arxiv="2402.19159",
-        needs="images",
-        student_kinds=("lora", "full"),
-        steps="1-8",
-    )
-    Config = TCDConfig
-    config: TCDConfig
-    tells_end: ClassVar[bool] = False

@@ -12,6 +12,7 @@ from fastdiff.methods._adversarial_score_gap import AdversarialScoreGap, Adversa
 from fastdiff.methods._rollout import drawn_step
 from fastdiff.methods.base import Batch, Context, Group, MethodInfo, any_time, check_not_negative, check_positive
 from fastdiff.models.denoiser import Ask
+from fastdiff.models.roles import TEACHER
 
 TimeLaw = Literal["below_input", "all"]
 
@@ -111,7 +112,7 @@ class DecoupledDMD(AdversarialScoreGap):
 
     def asks(self, batch: Batch, ctx: Context) -> list[Ask]:
         """Of the matching term: nobody is guided."""
-        return [Ask("teacher", batch.cond), Ask("fake_score", batch.cond)]
+        return [Ask(TEACHER, batch.cond), Ask("fake_score", batch.cond)]
 
     def compares_with_null(self) -> bool:
         return self.config.guidance_scale != 1
@@ -132,7 +133,7 @@ class DecoupledDMD(AdversarialScoreGap):
     def augmentation(self, x: Tensor, batch: Batch, ctx: Context) -> Tensor:
         """The x-gradient, detached, that moves a sample along the teacher's guidance."""
         t, x_t = self._noised(x, ctx, "augmentation", self.config.augmentation_times)
-        asks = [Ask("teacher", batch.cond), Ask("teacher", batch.null.expand(len(batch)))]
+        asks = [Ask(TEACHER, batch.cond), Ask(TEACHER, batch.null.expand(len(batch)))]
         cond, null = ctx.denoiser.together(x_t, t, asks)
         gap = cond.x0 - null.x0
         ctx.log("guidance_gap", gap.abs().mean())

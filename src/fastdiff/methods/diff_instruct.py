@@ -13,7 +13,7 @@ from fastdiff.diffusion.losses import mse
 from fastdiff.diffusion.prediction import Prediction
 from fastdiff.diffusion.tensors import broadcast_to
 from fastdiff.methods._score_gap import ScoreGap, ScoreGapConfig
-from fastdiff.methods.base import Batch, Context, MethodInfo, check_positive
+from fastdiff.methods.base import Batch, Context, MethodInfo, check_positive, log_normal_time
 
 _SIGMA_DATA = 0.5  # of images in [-1, 1], as in EDM (arXiv 2206.00364)
 
@@ -70,8 +70,7 @@ class DiffInstruct(ScoreGap):
         """A time of the noise law for each sample, and `x` noised to it."""
         if self.config.noise_law == "uniform":
             return super().noised(x, ctx, site)
-        noise = ctx.random.normal(f"{site}/t", ())
-        t = ctx.denoiser.schedule.time_of_kappa((self.config.noise_mean + self.config.noise_std * noise).exp())
+        t = log_normal_time(ctx, f"{site}/t", self.config.noise_mean, self.config.noise_std)
         return t, ctx.denoiser.schedule.add_noise(x, ctx.random.normal(f"{site}/eps", x.shape[1:]), t)
 
     def critic_loss(self, batch: Batch, ctx: Context) -> Mapping[str, Tensor]:

@@ -13,7 +13,6 @@ from fastdiff.diffusion.losses import mse
 from fastdiff.diffusion.prediction import Prediction
 from fastdiff.diffusion.schedules import CLEAN_INDEX, LAST_INDEX
 from fastdiff.diffusion.steps import jump
-from fastdiff.methods._continuous import log_normal_time
 from fastdiff.methods._flow_map import (
     EndTold,
     adaptive_distance,
@@ -23,6 +22,7 @@ from fastdiff.methods._flow_map import (
     moved_share,
     noise_share_rate,
 )
+from fastdiff.methods._unread import refuse_unread
 from fastdiff.methods.base import (
     Batch,
     Context,
@@ -32,12 +32,15 @@ from fastdiff.methods.base import (
     any_time,
     check_not_negative,
     check_positive,
+    log_normal_time,
     time_at,
 )
 from fastdiff.models.denoiser import Ask
 from fastdiff.models.roles import TEACHER
 from fastdiff.models.sampler import SamplerSpec
 from fastdiff.models.tangents import Point, Tangent, Tangents
+
+_OF_CORRECTION = ("correction_weight", "correction_mean", "correction_std", "fake_score_learning_rate")
 
 
 @dataclass(frozen=True)
@@ -80,6 +83,8 @@ class FreeFlowConfig:
                 "correction out"
             )
         check_positive(correction_std=self.correction_std)
+        if not self.correct_every:
+            refuse_unread(self, _OF_CORRECTION, "with correct_every 0")
         check_adaptive(self.norm_power, self.norm_constant)
         check_positive(fake_score_learning_rate=self.fake_score_learning_rate)
         if self.correct_every == 1:
@@ -96,9 +101,10 @@ class FreeFlow(EndTold):
         correct: L = w adaptive |u(z, 0) - sg[u(z, 0) - lambda (v_fake - v_teacher)(x_r, r)]|^2,
 
     x_r a noised version of the sample f(z, 0), v_fake the velocity of the student's samples, which a second network
-    learns by denoising them, lambda = |predict's residual| / (|v_fake - v_teacher| + c) over the batch (c the norm's constant),
-    which gives both terms one length before the norm; no code says in which order the paper applies the two. Both velocities and
-    x_r are detached: the student's turn moves the student only. One step only: maps begin at pure noise.
+    learns by denoising them, w `correction_weight`, lambda = |predict's residual| / (|v_fake - v_teacher| + c) over the
+    batch (c the norm's constant), which gives both terms one length before the norm; no code says in which order the
+    paper applies the two. Both velocities and x_r are detached: the student's turn moves the student only. One step
+    only: maps begin at pure noise.
     """
 
     info = MethodInfo(
@@ -143,16 +149,11 @@ class FreeFlow(EndTold):
         every = self.config.correct_every
         if not every:
             return {"predict": self.predict(z, self.ends(ctx), batch, ctx)[0]}
-        if len(batch) < every:
-            raise ValueError(
-                f"FreeFlow corrects one sample in {every} of each micro-batch, which holds {len(batch)}: give a "
-                f"train_batch_size of at least {every}"
-            )
         rows = torch.arange(len(batch) - len(batch) // every, device=z.device)
         predicted = rows + torch.div(rows, every - 1, rounding_mode="floor")
         corrected = torch.arange(every - 1, len(batch), every, device=z.device)
-        first, residual = self.predict(z[predicted], self.ends(ctx)[predicted], _rows(batch, predicted), ctx)
-        second = self.correct(z[corrected], residual, corrected, _rows(batch, corrected), ctx)
+        first, square = self.predict(z[predicted], self.ends(ctx)[predicted], _rows(batch, predicted), ctx)
+        second = self.correct(z[corrected], square, corrected, _rows(batch, corrected), ctx)
         shares = len(predicted) / len(batch), len(corrected) / len(batch)
         return {"predict": shares[0] * first, "correct": shares[1] * self.config.correction_weight * second}
 
@@ -166,9 +167,9 @@ class FreeFlow(EndTold):
         found = self.tangent(z, s, batch, ctx)
         target = self.predicted_target(z, s, found, batch, ctx)
         u = average_velocity(self.ask(z, s, batch, ctx))
-        residual = torch.where(found.finite, (u.detach() - target).flatten(1).square().mean(1), 0)
+        square = torch.where(found.finite, (u.detach() - target).flatten(1).square().mean(1), 0)
         loss = adaptive_distance(u, target, self.config.norm_power, self.config.norm_constant, found.finite)
-        return loss, residual.mean()
+        return loss, square.mean()
 
     def tangent(self, z: Tensor, s: Tensor, batch: Batch, ctx: Context) -> Tangent:
         """u(z, s) and du/da_s, everything else held."""
@@ -193,8 +194,8 @@ class FreeFlow(EndTold):
         teacher = ctx.denoiser(x_s, asked, batch.cond, TEACHER, batch.null, self.config.guidance_scale)
         return teacher.flow + moved_share(schedule, last, s, z) * found.derivative
 
-    def correct(self, z: Tensor, residual: Tensor, rows: Tensor, batch: Batch, ctx: Context) -> Tensor:
-        """What the gap of two velocities says about one-step samples."""
+    def correct(self, z: Tensor, square: Tensor, rows: Tensor, batch: Batch, ctx: Context) -> Tensor:
+        """What the gap of two velocities says about one-step samples; `square` is what `predict` gives beside its loss."""
         schedule = ctx.denoiser.schedule
         prediction = self.ask(z, time_at(CLEAN_INDEX, z, schedule), batch, ctx)
         r = log_normal_time(ctx, "correct/t", self.config.correction_mean, self.config.correction_std)[rows]
@@ -209,8 +210,8 @@ class FreeFlow(EndTold):
         length = ctx.global_mean(gap.square().mean()).sqrt()
         ctx.log("velocity_gap", length)
         u = average_velocity(prediction)
-        weight = ctx.global_mean(residual).sqrt() / (length + self.config.norm_constant)
-        return adaptive_distance(u, u.detach() - weight * gap, self.config.norm_power, self.config.norm_constant)
+        lam = ctx.global_mean(square).sqrt() / (length + self.config.norm_constant)
+        return adaptive_distance(u, u.detach() - lam * gap, self.config.norm_power, self.config.norm_constant)
 
     # The fake score's turn
 

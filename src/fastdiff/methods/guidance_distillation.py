@@ -11,7 +11,7 @@ from torch import Tensor
 
 from fastdiff.diffusion.losses import mse
 from fastdiff.methods._guidance import GuidanceInput, check_range
-from fastdiff.methods._trajectory import teacher_path
+from fastdiff.methods._trajectory import filled_indices, teacher_path
 from fastdiff.methods.base import (
     Batch,
     Context,
@@ -21,6 +21,7 @@ from fastdiff.methods.base import (
     check_not_negative,
     check_positive,
 )
+from fastdiff.models.roles import TEACHER
 from fastdiff.models.sampler import SamplerSpec
 
 
@@ -45,7 +46,7 @@ class GuidanceDistillationConfig:
     def __post_init__(self) -> None:
         check_not_negative(guidance_scale=self.guidance_scale)
         check_positive(num_inference_steps=self.num_inference_steps)
-        check_range(self.guidance_range)
+        check_range(self)
 
 
 class GuidanceDistillation(GuidanceInput):
@@ -80,7 +81,7 @@ class GuidanceDistillation(GuidanceInput):
         w = self.guidance(ctx)
         with torch.no_grad():
             x_t, t = self.state(batch, ctx, w)
-            target = ctx.denoiser(x_t, t, batch.cond, "teacher", batch.null, w).native
+            target = ctx.denoiser(x_t, t, batch.cond, TEACHER, batch.null, w).native
         return {"guidance": mse(ctx.denoiser(x_t, t, batch.cond, "student", **self.told(w)).native, target)}
 
     def state(self, batch: Batch, ctx: Context, w: float | Tensor) -> tuple[Tensor, Tensor]:
@@ -92,5 +93,5 @@ class GuidanceDistillation(GuidanceInput):
         starts = self.sampler().timesteps
         last = ctx.random.shared_integer("t", 0, len(starts))
         z = ctx.random.normal("eps", batch.latent_shape)
-        indices = [torch.full((len(z),), start, device=z.device) for start in starts[: last + 1]]
+        indices = filled_indices(starts[: last + 1], z)
         return teacher_path(z, indices, batch, ctx, w), schedule.time_of_index(indices[-1])

@@ -8,10 +8,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from fastdiff.diffusion import Prediction, solve, teacher_times
+from fastdiff.diffusion.schedules import CLEAN_INDEX
 from fastdiff.methods._straight import Straight, StraightConfig
+from fastdiff.methods._trajectory import filled_indices, teacher_path
 from fastdiff.methods.base import Batch, Context, MethodInfo, Need, check_not_negative
-from fastdiff.models.roles import TEACHER
+from fastdiff.models.sampler import SamplerSpec
 
 
 @dataclass(frozen=True)
@@ -76,8 +77,10 @@ class KD(Straight):
     def _solved(self, batch: Batch, ctx: Context) -> tuple[Tensor, Tensor]:
         """Noise and what the guided teacher makes of it."""
 
-        def predict(x: Tensor, t: Tensor) -> Prediction:
-            return ctx.denoiser(x, t, batch.cond, TEACHER, batch.null, self.config.guidance_scale)
-
         noise = ctx.random.normal("online/noise", batch.latent_shape)
-        return noise, solve(predict, noise, teacher_times(ctx.denoiser.schedule, self.config.online_steps))
+        return noise, teacher_path(noise, self._times(noise), batch, ctx, self.config.guidance_scale)
+
+    def _times(self, like: Tensor) -> list[Tensor]:
+        """The indices of the teacher's steps and the clean end, `(B,)` each."""
+        starts = SamplerSpec.trailing("ddim", self.config.online_steps).timesteps
+        return filled_indices((*starts, CLEAN_INDEX), like)

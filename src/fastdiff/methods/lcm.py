@@ -37,7 +37,7 @@ class LCMConfig(TrajectoryConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_range(self.guidance_range)
+        check_range(self)
         check_positive(
             num_inference_steps=self.num_inference_steps, timestep_scaling_factor=self.timestep_scaling_factor
         )

@@ -19,7 +19,14 @@ from fastdiff.methods._adversarial import Noisy
 from fastdiff.methods._trajectory import teacher_path
 from fastdiff.methods._unread import refuse_unread
 from fastdiff.methods.base import Batch, Context, Group, MethodInfo, Update, check_positive
-from fastdiff.methods.progressive import PREVIOUS, Progressive, ProgressiveConfig, implied_clean, stage_steps
+from fastdiff.methods.progressive import (
+    PREVIOUS,
+    Progressive,
+    ProgressiveConfig,
+    first_start,
+    implied_clean,
+    stage_steps,
+)
 from fastdiff.models.conditioning import Conditioning
 from fastdiff.models.denoiser import Denoiser
 from fastdiff.models.discriminator import FeatureHeads
@@ -57,14 +64,12 @@ class LightningConfig(ProgressiveConfig):
         if self.stage_teacher == "kept":
             dataclasses.replace(self, stage_teacher=PREVIOUS)  # the same rules
         check_positive(discriminator_learning_rate=self.discriminator_learning_rate)
-        if any(not 0 <= index <= self.first_timestep for index in self.renoise_timesteps):
+        first = first_start(self)
+        if any(not 0 <= index <= first for index in self.renoise_timesteps):
+            raise ValueError(f"renoise_timesteps must be from 0 to {first}, got {self.renoise_timesteps}")
+        if any(not 0 <= index < first for index in self.extra_timesteps):
             raise ValueError(
-                f"renoise_timesteps must be from 0 to {self.first_timestep}, got {self.renoise_timesteps}"
-            )
-        if any(not 0 <= index < self.first_timestep for index in self.extra_timesteps):
-            raise ValueError(
-                f"extra_timesteps must be from 0 to {self.first_timestep - 1}, below the first step's, got "
-                f"{self.extra_timesteps}"
+                f"extra_timesteps must be from 0 to {first - 1}, below the first step's, got {self.extra_timesteps}"
             )
         if self.objective == "mse":
             refuse_unread(self, ("renoise_timesteps",), "with the objective mse, which no discriminator judges")
@@ -171,7 +176,7 @@ class Lightning(Progressive):
         steps = self._steps.on(x0.device)[ctx.random.integers("step", 0, len(self._steps.host))].unbind(1)
         t, end = schedule.time_of_index(steps[0]), schedule.time_of_index(steps[-1])
         eps = ctx.random.normal("eps", batch.latent_shape).to(x0.dtype)
-        first = broadcast_to(steps[0] == config.first_timestep, x0)
+        first = broadcast_to(steps[0] == first_start(config), x0)
         x_t = torch.where(first, eps, schedule.add_noise(x0, eps, t))
         student = ctx.denoiser(x_t, t, batch.cond, "student")
         role = TEACHER if config.stage_teacher == TEACHER else PREVIOUS

@@ -11,7 +11,6 @@ from torch import Tensor
 
 from fastdiff.diffusion.prediction import Prediction
 from fastdiff.diffusion.schedules import CLEAN_INDEX
-from fastdiff.methods._continuous import log_normal_time, ode_direction
 from fastdiff.methods._flow_map import (
     EndTold,
     adaptive_distance,
@@ -28,12 +27,13 @@ from fastdiff.methods.base import (
     check_falling,
     check_not_negative,
     check_positive,
+    log_normal_time,
     time_at,
 )
 from fastdiff.models.denoiser import Denoiser
 from fastdiff.models.roles import TEACHER
 from fastdiff.models.sampler import SamplerSpec
-from fastdiff.models.tangents import Point, Tangent, Tangents
+from fastdiff.models.tangents import Point, Tangent, Tangents, ode_direction
 
 
 @dataclass(frozen=True)

@@ -16,6 +16,7 @@ from fastdiff.diffusion.timesteps import Segments
 from fastdiff.methods._prompts import without_prompts
 from fastdiff.methods._straight import line_through
 from fastdiff.methods._trajectory import teacher_path
+from fastdiff.methods._unread import refuse_unread
 from fastdiff.methods.base import (
     Batch,
     Context,
@@ -40,7 +41,7 @@ class PeRFlowConfig:
         solver_steps: DDIM steps of the teacher in a window.
         num_inference_steps: steps the student is meant to be run with, a multiple of `windows`.
         cfg_sync: the teacher is unguided and sees the same dropped prompts as the student, so that a LoRA student takes
-            guidance when it is run, as in the public SD1.5 run; then guidance_scale is not used.
+            guidance when it is run, as in the public SD1.5 run.
         prompt_dropout: share of samples whose student sees no prompt.
         loss_type: `l2`, or `huber` with `huber_c`.
         huber_c: width of the quadratic part.
@@ -66,6 +67,10 @@ class PeRFlowConfig:
         check_not_negative(guidance_scale=self.guidance_scale, prompt_dropout=self.prompt_dropout)
         check_positive(windows=self.windows, solver_steps=self.solver_steps, huber_c=self.huber_c)
         check_positive(num_inference_steps=self.num_inference_steps)
+        if self.loss_type == "l2":
+            refuse_unread(self, ("huber_c",), "with loss_type l2")
+        if self.cfg_sync:
+            refuse_unread(self, ("guidance_scale",), "with cfg_sync, whose teacher is unguided")
         if self.reweighting and self.loss_type != "l2":
             raise ValueError("reweighting is of squares: leave it out, or give loss_type: l2")
         if self.prompt_dropout > 1:

@@ -29,7 +29,8 @@ class ProgressiveConfig:
         teacher_steps: steps of its teacher for one of the student's.
         stage_teacher: `teacher` for the first stage; `previous` for the student that the run started from.
         guidance_scale: w of the teacher, 1 means none; only the first stage guides, later ones have it baked in.
-        first_timestep: index of the first step. 999 divides into 8, 4, 2, 1 steps; 991 also into 32 and 16.
+        first_timestep: index of the first step, or the next below that the steps divide evenly. 999 divides into 8, 4,
+            2, 1 steps; 991 also into 32 and 16.
         loss_weight: of the squared error of clean samples: max(SNR, 1), or SNR + 1 (the error of v of a network with
             alpha^2 + sigma^2 = 1), or 1 / sigma^2 (of a flow's velocity). The plain error of the noise would not count
             at the first step.
@@ -124,6 +125,11 @@ def stage_steps(config: ProgressiveConfig) -> Tensor:
     """Indices `(num_inference_steps, teacher_steps + 1)`: the teacher's way through each step of the student."""
     starts = _starts(config.num_inference_steps, config.first_timestep)
     return sub_steps(starts, [*starts[1:], CLEAN_INDEX], config.teacher_steps)
+
+
+def first_start(config: ProgressiveConfig) -> int:
+    """Index of the sampler's first step: `first_timestep`, or the next below that the steps divide evenly."""
+    return _starts(config.num_inference_steps, config.first_timestep)[0]
 
 
 def implied_clean(z: Tensor, t: Tensor, z_s: Tensor, s: Tensor, schedule: NoiseSchedule) -> Tensor:

@@ -11,8 +11,8 @@ from torch import Tensor
 from fastdiff.diffusion.prediction import Prediction
 from fastdiff.diffusion.schedules import Terminal
 from fastdiff.diffusion.timesteps import Grid, TimeSampler, Uniform, UShaped
-from fastdiff.methods._flow_map import noise_share
-from fastdiff.methods._straight import MARGIN, Straight, StraightConfig, line_through, time_of_level
+from fastdiff.methods._flow_map import noise_share, time_of_share
+from fastdiff.methods._straight import MARGIN, Straight, StraightConfig, line_through
 from fastdiff.methods._unread import refuse_unread
 from fastdiff.methods.base import Batch, Context, MethodInfo, check_positive
 
@@ -108,8 +108,8 @@ class RectifiedFlow(Straight):
         if self.config.objective == "distill":
             return ctx.denoiser.schedule.time_of_index(self._steps.times(u).to(u))
         schedule, start = ctx.denoiser.schedule, self.start(u, ctx)
-        level = self._levels.times(u).clamp(MARGIN, 1 - MARGIN) * noise_share(schedule, start)
-        return time_of_level(level, schedule)
+        share = self._levels.times(u).clamp(MARGIN, 1 - MARGIN) * noise_share(schedule, start)
+        return time_of_share(schedule, share).clamp_min(schedule.t_min)
 
     def weights(self, level: Tensor) -> tuple[Tensor | float, Tensor | float]:
         """What multiplies the distance and the perceptual distance of each sample, given its noise level."""

@@ -11,15 +11,8 @@ from torch import Tensor
 
 from fastdiff.diffusion.losses import mse
 from fastdiff.diffusion.prediction import Prediction
-from fastdiff.methods._continuous import (
-    drop_broken,
-    log_kappa_rate,
-    log_normal_time,
-    ode_direction,
-    root_mean_square,
-    trig_levels,
-    trig_velocity,
-)
+from fastdiff.diffusion.schedules import NoiseSchedule
+from fastdiff.diffusion.tensors import broadcast_to
 from fastdiff.methods.base import (
     Batch,
     Context,
@@ -28,10 +21,11 @@ from fastdiff.methods.base import (
     check_falling,
     check_not_negative,
     check_positive,
+    log_normal_time,
 )
 from fastdiff.models.roles import TEACHER
 from fastdiff.models.sampler import SamplerSpec
-from fastdiff.models.tangents import Point, Tangents
+from fastdiff.models.tangents import Point, Tangents, ode_direction
 
 
 class TangentConfig(Protocol):
@@ -48,6 +42,7 @@ class TangentConfig(Protocol):
 @dataclass(frozen=True)
 class SCMConfig:
     """Defaults are the paper's, but for `tangent_norm`; it distils no text-to-image model, so that guidance has none.
+    Its learned weight of noise levels is left out, with the fixed one that goes with it.
 
     Args:
         guidance_scale: w of the teacher, 1 means none; the student bakes it in.
@@ -123,21 +118,21 @@ def consistency_term(batch: Batch, ctx: Context, config: TangentConfig, tangents
     x_t = ctx.denoiser.schedule.add_noise(batch.images(), ctx.random.normal("eps", batch.latent_shape), t)
     with torch.no_grad():
         teacher = ctx.denoiser(x_t, t, batch.cond, TEACHER, batch.null, config.guidance_scale)
-    share = min(1.0, ctx.step / config.tangent_warmup) if config.tangent_warmup else 1.0
-    g = tangent(teacher, batch, ctx, tangents, share)
+    r = min(1.0, ctx.step / config.tangent_warmup) if config.tangent_warmup else 1.0
+    g = tangent(teacher, batch, ctx, tangents, r)
     ctx.log("tangent", root_mean_square(g).mean())
     student = trig_velocity(ctx.denoiser(x_t, t, batch.cond, "student"))
     return mse(student, (student + normalised(g, config)).detach())
 
 
-def tangent(teacher: Prediction, batch: Batch, ctx: Context, tangents: Tangents, share: float) -> Tensor:
-    """g of the student where the teacher's prediction was made; `share` is r."""
+def tangent(teacher: Prediction, batch: Batch, ctx: Context, tangents: Tangents, r: float) -> Tensor:
+    """g of the student where the teacher's prediction was made."""
     rate = log_kappa_rate(teacher.schedule, teacher.t)
     at, along = Point(teacher.x_t, teacher.t), ode_direction(teacher, rate)
     found = tangents(ctx.denoiser, batch.cond, "student", at, along, trig_velocity)
     cos, sin = trig_levels(teacher)
     x = teacher.x_t * (teacher.levels[0] ** 2 + teacher.levels[1] ** 2).rsqrt()
-    g = -(cos**2) * (found.value - trig_velocity(teacher)) - share * (cos * sin * x + found.derivative)
+    g = -(cos**2) * (found.value - trig_velocity(teacher)) - r * (cos * sin * x + found.derivative)
     return drop_broken(found.finite, g)
 
 
@@ -147,3 +142,31 @@ def normalised(g: Tensor, config: TangentConfig) -> Tensor:
     if config.tangent_norm == "l2":
         length = length * g[0].numel() ** 0.5
     return g / (length + config.tangent_constant)
+
+
+def trig_velocity(prediction: Prediction) -> Tensor:
+    """`cos eps - sin x0`: what a TrigFlow network predicts (arXiv 2410.11081); `v` of variance-preserving processes."""
+    cos, sin = trig_levels(prediction)
+    return cos * prediction.eps - sin * prediction.x0
+
+
+def trig_levels(prediction: Prediction) -> tuple[Tensor, Tensor]:
+    """(cos, sin) of the angle atan(sigma / alpha), shaped to multiply x."""
+    alpha, sigma = prediction.levels
+    scale = (alpha**2 + sigma**2).rsqrt()
+    return alpha * scale, sigma * scale
+
+
+def log_kappa_rate(schedule: NoiseSchedule, t: Tensor) -> Tensor:
+    """`(B,)` dt / d ln(sigma / alpha): 0 at the ends where there is no noise or no signal."""
+    return 1 / (schedule.d_sigma(t) / schedule.sigma(t) - schedule.d_alpha(t) / schedule.alpha(t))
+
+
+def root_mean_square(x: Tensor) -> Tensor:
+    """One number a sample, shaped to multiply `x`."""
+    return x.square().mean(tuple(range(1, x.dim())), keepdim=True).sqrt()
+
+
+def drop_broken(finite: Tensor, x: Tensor) -> Tensor:
+    """`x` with zeros for the samples whose tangent was not finite."""
+    return torch.where(broadcast_to(finite, x), x, 0)

@@ -8,9 +8,10 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from fastdiff.diffusion.losses import mse
-from fastdiff.methods._routed_student import SmallStudent, SmallStudentConfig
+from fastdiff.methods._small_student import SmallStudent, SmallStudentConfig
 from fastdiff.methods.base import Batch, Context, MethodInfo, any_time, check_positive
 from fastdiff.models.denoiser import Ask
+from fastdiff.models.roles import TEACHER
 from fastdiff.models.sampler import SamplerSpec
 
 
@@ -59,6 +60,6 @@ class ScoreMatching(SmallStudent):
         """The squared gap of the two predictions."""
         t = any_time(ctx, "t")
         x_t = ctx.denoiser.schedule.add_noise(batch.images(), ctx.random.normal("eps", batch.latent_shape), t)
-        (teacher,) = ctx.denoiser.together(x_t, t, [Ask("teacher", batch.cond)])
+        (teacher,) = ctx.denoiser.together(x_t, t, [Ask(TEACHER, batch.cond)])
         student = ctx.denoiser(x_t, t, batch.cond, "student")
         return {"score_matching": mse(student.native, teacher.native)}

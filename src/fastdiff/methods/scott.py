@@ -18,6 +18,7 @@ from fastdiff.methods._trajectory import Pair, Place, grid_points, sub_steps
 from fastdiff.methods._unread import refuse_unread
 from fastdiff.methods.base import Batch, Context, MethodInfo, any_time, check_positive
 from fastdiff.methods.lcm import LCM, LCMConfig
+from fastdiff.models.roles import TEACHER
 
 _BLURRY_FROM = 0.3
 
@@ -98,7 +99,7 @@ class SCott(AdversarialTrajectory, LCM):
         lowest = self.points(schedule, x_t.device)[0]
         indices = self._steps.on(x_t.device)[place.number].maximum(lowest).unbind(1)
         for number, (start, end) in enumerate(pairwise(indices)):
-            prediction = ctx.denoiser(x_t, schedule.time_of_index(start), batch.cond, "teacher", batch.null, w)
+            prediction = ctx.denoiser(x_t, schedule.time_of_index(start), batch.cond, TEACHER, batch.null, w)
             noise = ctx.random.normal(f"solver/{number}", batch.latent_shape)
             x_t = self._step(prediction, schedule.time_of_index(end), noise)
         return x_t

@@ -12,12 +12,14 @@ from torch import Tensor
 
 from fastdiff.diffusion.steps import jump
 from fastdiff.diffusion.tensors import broadcast_to
-from fastdiff.methods._flow_map import noise_share
-from fastdiff.methods._straight import MARGIN, time_of_level
+from fastdiff.methods._flow_map import noise_share, time_of_share
+from fastdiff.methods._straight import MARGIN
+from fastdiff.methods._unread import refuse_unread
 from fastdiff.methods.base import Batch, Context, MethodInfo, check_not_negative, check_positive
 from fastdiff.methods.rectified_flow import RectifiedFlow, RectifiedFlowConfig
 
 GUIDE = "guide"
+_OF_GUIDE = ("guided_weight", "first_step", "min_elapsed", "max_elapsed")
 
 
 @dataclass(frozen=True)
@@ -52,6 +54,10 @@ class SlimFlowConfig(RectifiedFlowConfig):
             raise ValueError(
                 f"min_elapsed and max_elapsed must be parts of 1 in order, got {self.min_elapsed}, {self.max_elapsed}"
             )
+        if self.objective == "distill":
+            refuse_unread(self, ("anneal", "anneal_steps"), "with the objective distill, which anneals nothing")
+        else:
+            refuse_unread(self, _OF_GUIDE, "with the objective reflow, which no guide helps")
         if self.objective == "distill" and self.num_inference_steps != 1:
             raise ValueError("flow-guided distillation makes a one-step student: leave num_inference_steps at 1")
 
@@ -113,14 +119,14 @@ class SlimFlow(RectifiedFlow):
 
     def _guided(self, batch: Batch, ctx: Context) -> Tensor:
         z = ctx.random.normal("guided/noise", batch.latent_shape)
-        start = self.start(z, ctx)
+        start, schedule = self.start(z, ctx), ctx.denoiser.schedule
         student = ctx.denoiser(z, start, batch.cond, "student")
         clean = student.x0  # before no_grad: predictions remember what they have converted
         with torch.no_grad():
             first = student if self.config.first_step == "student" else ctx.denoiser(z, start, batch.cond, GUIDE)
             span = self.config.max_elapsed - self.config.min_elapsed
-            level = 1 - self.config.min_elapsed - span * ctx.random.uniform("guided/elapsed")
-            level = level.clamp_min(MARGIN) * noise_share(ctx.denoiser.schedule, start)
-            u = time_of_level(level, ctx.denoiser.schedule).minimum(start)
+            left = 1 - self.config.min_elapsed - span * ctx.random.uniform("guided/elapsed")
+            share = left.clamp_min(MARGIN) * noise_share(schedule, start)
+            u = time_of_share(schedule, share).clamp_min(schedule.t_min).minimum(start)
             target = ctx.denoiser(jump(first, u), u, batch.cond, GUIDE).x0
         return sum(self.clean_terms(clean, target, ctx).values())

@@ -13,6 +13,7 @@ from fastdiff.diffusion.prediction import Prediction
 from fastdiff.methods._score_gap import ScoreGap, ScoreGapConfig
 from fastdiff.methods.base import Batch, Context, MethodInfo, any_time, check_not_negative, check_positive
 from fastdiff.models.denoiser import Ask
+from fastdiff.models.roles import TEACHER
 
 
 @dataclass(frozen=True)
@@ -82,7 +83,7 @@ class SwiftBrush(ScoreGap):
     def asks(self, batch: Batch, ctx: Context) -> list[Ask]:
         """Both scores under one guidance."""
         w = self.guidance(ctx)
-        return [Ask(role, batch.cond, batch.null, w) for role in ("teacher", "fake_score")]
+        return [Ask(role, batch.cond, batch.null, w) for role in (TEACHER, "fake_score")]
 
     def guidance(self, ctx: Context) -> float | Tensor:
         """w for the batch, or `(B,)` drawn from the range."""

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from fastdiff.methods._adversarial import weighted
 from fastdiff.methods._adversarial_trajectory import AdversarialTrajectory, AdversarialTrajectoryConfig
+from fastdiff.methods._trajectory import jump_sampler
 from fastdiff.methods._trajectory_phases import check_phases, draw_end, phase_edge
 from fastdiff.methods._unread import refuse_unread
 from fastdiff.methods.base import Batch, Context, Group, MethodInfo, Update, check_not_negative, check_positive
@@ -63,6 +64,8 @@ class TSCDConfig(AdversarialTrajectoryConfig):
             )
         if not 0 <= self.eta <= 1:
             raise ValueError(f"eta must be in [0, 1], got {self.eta}")
+        if self.num_segments > 1:
+            self._check_edges()
         if self.score_weight and self.num_segments != 1:
             raise ValueError(
                 f"score_weight distils the one-step sample, but {self.num_segments} segments never cross the whole "
@@ -70,6 +73,19 @@ class TSCDConfig(AdversarialTrajectoryConfig):
             )
         if not self.score_weight:
             refuse_unread(self, ("score_guidance_scale", "fake_score_learning_rate"), "with score_weight 0")
+
+    def _check_edges(self) -> None:
+        """Refuses samplers that jump over a segment's edge, which no map crosses."""
+        if self.eta:
+            raise ValueError(
+                f"eta {self.eta} jumps below the next time, over the edges of {self.num_segments} segments, which no map "
+                "crosses: use eta 0, or num_segments 1"
+            )
+        if 1000 % self.steps:
+            raise ValueError(
+                f"num_inference_steps {self.steps} does not divide 1000 indices evenly, so that a step would cross an edge "
+                f"of the {self.num_segments} segments: give a divisor of 1000 that num_segments divides"
+            )
 
     @property
     def steps(self) -> int:
@@ -140,10 +156,3 @@ class TSCD(AdversarialTrajectory):
         if self.config.score_weight:
             terms |= weighted(self._one_step.student_loss(batch, ctx), self.config.score_weight)
         return terms
-
-
-def jump_sampler(steps: int, eta: float) -> SamplerSpec:
-    """Jumps from time to time down to the clean end, or with `eta` those of TCD."""
-    if eta == 0:
-        return SamplerSpec.trailing("ddim", steps)
-    return SamplerSpec("tcd", SamplerSpec.trailing("tcd", steps).timesteps, eta=eta)

@@ -219,7 +219,8 @@ class Denoiser:
 
     def _precision(self, network: nn.Module) -> contextlib.AbstractContextManager:
         weight = anchor(network)
-        if weight.dtype == self.compute_dtype or weight.dtype == torch.float64:
+        # Autocast lowers precision only; where float32 is wanted of half weights, `models.tangents` widens them.
+        if self.compute_dtype in (weight.dtype, torch.float32) or weight.dtype == torch.float64:
             return contextlib.nullcontext()
         # Entered anew for every call, so that autocast's weight cache never outlives a no_grad call.
         return torch.autocast(weight.device.type, dtype=self.compute_dtype)

@@ -39,10 +39,15 @@ class AdapterSpec:
 
 @dataclass(frozen=True)
 class FullSpec:
-    """A trainable network of its own, started from the base unless `module` is given; weights in `dtype`."""
+    """A network of its own, started from the base unless `module` is given; weights in `dtype`.
+
+    One that no optimizer moves is not `trainable`, so that a gradient may pass through it without its layers keeping
+    inputs for gradients of weights.
+    """
 
     module: nn.Module | None = None
     dtype: torch.dtype = torch.float32
+    trainable: bool = True
 
 
 @dataclass(frozen=True)
@@ -85,7 +90,7 @@ class Roles:
 
     Args:
         base: the frozen teacher network; adapters are injected into it.
-        specs: role -> `AdapterSpec` or `FullSpec` for every trainable role.
+        specs: role -> `AdapterSpec` or `FullSpec` for every role but the teacher.
         gradient_checkpointing: recompute activations in backward, each under the role of its own forward.
         activation_offload: what checkpointed blocks keep for that waits in the host's memory.
         quantize_base: storage of the base's largest layers, see `models.quantizing`.
@@ -117,7 +122,7 @@ class Roles:
             if isinstance(spec, FullSpec):
                 module = copy.deepcopy(base) if spec.module is None else spec.module
                 module = module.to(dtype=spec.dtype, device=anchor(base).device)
-                self._modules[role] = module.requires_grad_(True).eval()
+                self._modules[role] = module.requires_grad_(spec.trainable).eval()
         for role, spec in specs.items():
             if isinstance(spec, AdapterSpec):
                 inject_adapter(base, role, spec)

@@ -29,6 +29,7 @@ from torch.utils._pytree import tree_map
 
 from fastdiff.diffusion.prediction import Prediction
 from fastdiff.diffusion.schedules import NoiseSchedule
+from fastdiff.diffusion.steps import pf_velocity
 from fastdiff.diffusion.tensors import broadcast_to, compute_dtype
 from fastdiff.models.conditioning import Conditioning
 from fastdiff.models.denoiser import Denoiser
@@ -56,6 +57,11 @@ class Point:
     x: Tensor | None
     t: Tensor | None
     extra: Tensor | None = None
+
+
+def ode_direction(teacher: Prediction, rate: Tensor) -> Point:
+    """The direction of the teacher's probability-flow ODE when the schedule's time moves at `rate` `(B,)`."""
+    return Point(broadcast_to(rate, teacher.x_t) * pf_velocity(teacher), rate)
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from fastdiff.diffusion.prediction import PredictionKind
-from fastdiff.diffusion.schedules import NoiseSchedule, is_flow, schedule_from_config
+from fastdiff.diffusion.schedules import LAST_INDEX, NoiseSchedule, is_flow, schedule_from_config
 from fastdiff.models.absent import absent_parts
 from fastdiff.models.codec import Codec
 from fastdiff.models.conditioning import Conditioning
@@ -74,6 +74,11 @@ class Teacher:
         self.network: nn.Module = getattr(pipeline, self.family.network_name).requires_grad_(False).eval()
         self.codec: Codec = self.family.codec(pipeline.vae)
         self.schedule = self.schedule_at(self.default_resolution)
+        if self.schedule.indices != LAST_INDEX + 1:
+            raise ValueError(
+                f"the teacher's scheduler numbers {self.schedule.indices} training timesteps; methods and samplers here "
+                f"count {LAST_INDEX + 1}"
+            )
         self.prediction_type = prediction_type_of(scheduler_config(pipeline))
         self._home: torch.device | None = None
         self._fingerprint: str | None = None
@@ -115,6 +120,14 @@ class Teacher:
             pipeline = _load(target, revision, variant, cache_dir, config, dtype)
         pipeline.set_progress_bar_config(disable=True)
         return cls(pipeline.to(device), source, revision)
+
+    def to(self, device: torch.device | str) -> Teacher:
+        """Moves everything to a device, but for encoders that rest on the CPU."""
+        if self._home is None:
+            self.pipeline.to(device)
+        else:
+            self.network.to(device)
+        return self
 
     def offload_encoders(self) -> None:
         """From now on text encoders and autoencoder rest on the CPU, and are moved to the network's device to work."""

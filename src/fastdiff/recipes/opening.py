@@ -36,21 +36,23 @@ def open_teacher(options: TeacherOptions, device: torch.device | str, mixed_prec
         variant=options.variant,
         cache_dir=options.cache_dir,
         config=options.teacher_config,
-        device=device,
     )
     if options.pretrained_vae_model_name_or_path:
-        teacher = _with_autoencoder(teacher, options, device)
-    return prepare(teacher, options, mixed_precision)
+        teacher = _with_autoencoder(teacher, options)
+    return prepare(teacher, options, device, mixed_precision)
 
 
-def prepare(teacher: Teacher, options: TeacherOptions, mixed_precision: str) -> Teacher:
-    """Storage type and attention of the base, as the options say."""
+def prepare(
+    teacher: Teacher, options: TeacherOptions, device: torch.device | str, mixed_precision: str = "no"
+) -> Teacher:
+    """Storage type, device and attention of the base, as the options say; cast first, so that a device holds no more."""
     if options.cast_teacher_unet:
         if mixed_precision == "no":
             raise RecipeError("cast_teacher_unet casts to the type of mixed_precision; give --mixed_precision bf16")
         teacher.network.to(torch.bfloat16)
     if options.offload_encoders:
         teacher.offload_encoders()
+    teacher.to(device)
     if options.enable_xformers_memory_efficient_attention:
         _use_xformers(teacher.network)
     return teacher
@@ -113,7 +115,7 @@ def _open_path(
     )
 
 
-def _with_autoencoder(teacher: Teacher, options: TeacherOptions, device: torch.device | str) -> Teacher:
+def _with_autoencoder(teacher: Teacher, options: TeacherOptions) -> Teacher:
     from diffusers import AutoencoderKL
 
     try:
@@ -124,7 +126,7 @@ def _with_autoencoder(teacher: Teacher, options: TeacherOptions, device: torch.d
         raise FileNotFoundError(
             f"autoencoder {options.pretrained_vae_model_name_or_path!r} could not be loaded: {error}"
         ) from error
-    teacher.pipeline.register_modules(vae=autoencoder.to(device))
+    teacher.pipeline.register_modules(vae=autoencoder)
     return Teacher(teacher.pipeline, teacher.source, teacher.revision)
 
 

@@ -91,7 +91,7 @@ def run_recipe(recipe: Recipe, teacher: Any = None, data: Any = None, scorer: Sc
     if teacher is None:
         teacher = open_teacher(options, accelerator.device, settings.mixed_precision)
     elif not isinstance(teacher, Teacher):
-        teacher = prepare(Teacher(teacher.to(accelerator.device)), options, settings.mixed_precision)
+        teacher = prepare(Teacher(teacher), options, accelerator.device, settings.mixed_precision)
     first_here = accelerator.is_local_main_process
     opened = open_data(data, recipe.build(DataOptions), method, teacher, settings, verify=first_here)
     prompts = list(settings.validation_prompts) or some_prompts(opened)
