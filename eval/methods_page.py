@@ -18,18 +18,31 @@ from fastdiff.recipes.recipe import read_yaml
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGE = ROOT / "docs" / "methods.md"
+STEPS, BEST = (1, 2, 4, 8), 5
 HEAD = """# Methods
 
 Made by `python eval/methods_page.py`; do not edit. `fastdiff distill --method NAME --help` explains every option, and
 the equation stands in the docstring of `src/fastdiff/methods/`. "needs" is what the data must hold with the default settings; "LoRA"
-and "full" are the kinds of student. Methods of scores also make several students that share the prompts (`students`)
-and, like those on pairs, smaller ones (`student_width` and the like). "embedded teacher" is the
-best of the scores below, as a mean over seeds.
+and "full" are the kinds of student. Methods of the distribution-matching and Fisher families also make several students
+that share the prompts (`students`) and, like those on pairs, smaller ones (`student_width` and the like). "embedded
+teacher" is the best of the scores below, as a mean over seeds.
+"""
+START = """
+## Where to begin
+
+The best on the embedded teacher at each number of steps, by Frechet distance (the teacher's at 50 steps is 16.2), means
+over seeds, beside undistilled sampling of as many network calls. "guided" students were trained with w > 1, the others
+at w = 1. It is a small teacher of 32 px: take the order as a start, not as a verdict. What fits in your
+memory `fastdiff plan RECIPE --memory 24GB --cached` says: one frozen base with adapters (LoRA students and fake scores)
+is the least, every network trained in full takes 16 bytes a weight more (41 GB for SDXL). Fewest demands: prompts alone
+for `dmd2`, images with captions for `tscd` and `tcd`, pairs made by `fastdiff pairs` for `dmd` and the rectified flows.
+
 """
 BOARD = """
 ## Scores on the embedded teacher
 
-Protocol `emoji-2k/tower-v1` (see [eval/README.md](../eval/README.md)). score: excess Frechet distance over the floor as
+Protocol `emoji-2k/tower-v1` (see [eval/README.md](../eval/README.md)). matched: w = 1 for student and undistilled
+sampling; guided: each at the w that suits it. score: excess Frechet distance over the floor as
 a share of that of the best undistilled sampling with at most as many network calls; 95 % intervals over seeds; training
 passes count forward 1, backward 1 (2 with weight gradients), recomputation 1. Made by `eval/leaderboard.py`; the
 `command` of a row in `eval/leaderboard.json` has what was given on top of the recipe, which is `--mixed_precision bf16`
@@ -40,7 +53,7 @@ for most.
 
 TUNING = """
 How recipes were found: settings were tried on the validation prompts (`emoji-2k-validation/tower-v1`) with seed 0, up to
-about six runs of 800 steps x 32 samples a recipe, starting from those of `dmd2_1step` (methods of scores) or `lcm_lora`
+about six runs of 800 steps x 32 samples a recipe, starting from those of `dmd2_1step` (distribution matching and Fisher) or `lcm_lora`
 (trajectories), which took more themselves; what was tried is learning rate, start time, time range, loss and the weights of added terms. Test prompts
 were then scored once a student. Recipes marked so below were scored twice: a first version went wrong, and its reason
 was found on validation prompts.
@@ -99,7 +112,7 @@ def page() -> str:
     board = read_entries(ROOT / "eval" / "leaderboard.json")
     for method in declared_methods():
         families.setdefault(method.info["family"], []).append(method.info)
-    text = [HEAD]
+    text = [HEAD, *([START + _start(board)] if board else [])]
     for family, methods in families.items():
         text.append(f"\n## {family[0].upper()}{family[1:]}\n")
         text.append("| method | paper | needs | student | steps | recipes | embedded teacher |\n|" + " --- |" * 7)
@@ -130,15 +143,44 @@ def _line(info: dict, recipes: list[Path], board: list[Entry]) -> str:
     return "| " + " | ".join(cells) + " |"
 
 
+def _start(board: list[Entry]) -> str:
+    """The best recipes at each number of steps, of every kind of data."""
+    needs = {method.info["name"]: method.info["needs"] for method in declared_methods()}
+    rows = json.loads((ROOT / "eval" / "results" / "embedded_baselines.json").read_text("utf-8"))["rows"]
+    undistilled = {row["name"]: row["fid"] for row in rows}
+    lines = ["| steps | undistilled, w = 1 / guided | best students |\n| --- | --- | --- |"]
+    for steps in STEPS:
+        groups = [found for found in _groups(board) if found[0].steps == steps]
+        groups.sort(key=lambda found: fmean(entry.metrics["fid"] for entry in found))
+        students = [
+            f"`{found[0].recipe}` {_words(found)} ({found[0].student_kind.replace('lora', 'LoRA')}, {needs[found[0].method]})"
+            for found in groups[:BEST]
+        ]
+        beside = [f"{undistilled[f'undistilled-{steps}{kind}']:.1f}" for kind in ("-matched", "")]
+        lines.append(f"| {steps} | {' / '.join(beside)} | {', '.join(students)} |")
+    return "\n".join(lines) + "\n"
+
+
+def _groups(entries: list[Entry]) -> list[list[Entry]]:
+    """Entries by recipe and number of steps, the seeds together."""
+    by_steps: dict[tuple[str, int], list[Entry]] = {}
+    for entry in entries:
+        by_steps.setdefault((entry.recipe, entry.steps), []).append(entry)
+    return list(by_steps.values())
+
+
+def _words(found: list[Entry]) -> str:
+    seeds = "" if len(found) > 1 else ", one seed"
+    return f"{fmean(entry.metrics['fid'] for entry in found):.1f}{seeds}{', guided' if found[0].table == 'guided' else ''}"
+
+
 def _best(entries: list[Entry]) -> str:
-    """The lowest Frechet distance to real pictures, as a mean over seeds, and the steps it took."""
+    """The lowest Frechet distance to real pictures, as a mean over seeds, the steps it took and the recipe."""
     if not entries:
         return "not scored"
-    by_steps: dict[tuple[str, int], list[float]] = {}
-    for entry in entries:
-        by_steps.setdefault((entry.recipe, entry.steps), []).append(entry.metrics["fid"])
-    (_, steps), distances = min(by_steps.items(), key=lambda item: fmean(item[1]))
-    return f"FD {fmean(distances):.1f} at {steps} step{'s' if steps > 1 else ''}"
+    found = min(_groups(entries), key=lambda found: fmean(entry.metrics["fid"] for entry in found))
+    steps, recipe = found[0].steps, found[0].recipe
+    return f"{steps} step{'s' if steps > 1 else ''}: FD {_words(found)} (`{recipe}`)"
 
 
 def _reasons() -> str:

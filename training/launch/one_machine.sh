@@ -1,7 +1,7 @@
 #!/bin/bash
 # Eight GPUs of one machine, networks cut over all of them.
 #
-#   training/launch/one_machine.sh training/recipes/sdxl/dmd2_4step.yaml --data cache/ --output_dir runs/sdxl
+#   training/launch/one_machine.sh training/recipes/sdxl/dmd2_4step.yaml --data image-cache/ --output_dir runs/sdxl
 #
 # LoRA recipes are best left whole on every GPU (docs/scaling.md): add --fsdp none. What is a flag of a recipe is given
 # after it; the global batch is train_batch_size x gradient_accumulation_steps x 8.
