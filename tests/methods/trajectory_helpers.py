@@ -66,12 +66,25 @@ def product_map(points: list[int], schedule: NoiseSchedule = SD, mu: float = MU,
     return f
 
 
+def behind_boundary(value: Tensor, x: Tensor, t: Tensor) -> Tensor:
+    """The clean prediction at whole indices `t` that LCM's boundary weights on the table make `value`."""
+    tau = 10 * t
+    skip, out = 0.25 / (tau**2 + 0.25), tau / (tau**2 + 0.25).sqrt()
+    return torch.where(tau > 0, (value - skip * x) / out.clamp_min(1e-9), x)
+
+
 class JumpNet(nn.Module):
     """A network given by its jumps: its DDIM step from `time` to `end(time)`, or to the told end, is `f`."""
 
-    def __init__(self, f: Map, end: Callable[[Tensor], Tensor] | None = None, schedule: NoiseSchedule = SD) -> None:
+    def __init__(
+        self,
+        f: Map,
+        end: Callable[[Tensor], Tensor] | None = None,
+        schedule: NoiseSchedule = SD,
+        kind: str | None = None,
+    ) -> None:
         super().__init__()
-        self.f, self.end, self.schedule = f, end, schedule
+        self.f, self.end, self.schedule, self.kind = f, end, schedule, kind or KINDS[schedule]
         self.register_buffer("anchor", torch.zeros((), dtype=torch.float64))
 
     def forward(self, x_t: Tensor, time: Tensor, labels: Tensor, timestep_cond: Tensor | None = None) -> Tensor:
@@ -83,7 +96,7 @@ class JumpNet(nn.Module):
         x0 = (self.f(x, index, end) - ratio * x) / torch.where(stays, 1.0, as_ - ratio * at)
         x0 = torch.where(stays, MU + at * S * (x - at * MU) / (at**2 * S + st**2), x0).reshape(x_t.shape)
         t = index[:, 0] if self.schedule is SD else (index[:, 0] + 1) / 1000
-        return Prediction.from_x0(x0, x_t, t, self.schedule).as_kind(KINDS[self.schedule])
+        return Prediction.from_x0(x0, x_t, t, self.schedule).as_kind(self.kind)
 
     def index(self, time: Tensor) -> Tensor:
         return (time if self.schedule is SD else time - 1).double().round()
@@ -97,9 +110,9 @@ def told(features: Tensor) -> Tensor:
     return features.double()[:, 127].asin() * 1e4
 
 
-def gaussian_denoiser(schedule: NoiseSchedule = SD, **roles: nn.Module) -> Denoiser:
+def gaussian_denoiser(schedule: NoiseSchedule = SD, kind: str | None = None, **roles: nn.Module) -> Denoiser:
     """The exact teacher and other roles."""
-    kind = KINDS[schedule]
+    kind = kind or KINDS[schedule]
     return denoiser_of(ExactNetwork(LAW, schedule, kind), schedule, kind, **roles)
 
 
