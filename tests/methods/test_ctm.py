@@ -1,4 +1,4 @@
-"""CTM (arXiv 2310.02279) and TCD (2402.19159): maps to a told end, both comparisons, solvers, samplers with eta."""
+"""CTM (arXiv 2310.02279) and TCD (2402.19159): maps to a told end, both comparisons, solvers."""
 
 from __future__ import annotations
 
@@ -12,11 +12,8 @@ from trajectory_helpers import (
     FLOW,
     KINDS,
     LAW,
-    MU,
     JumpNet,
-    S,
     ToldAffine,
-    coefficients,
     data,
     exact_map,
     gaussian_denoiser,
@@ -30,16 +27,14 @@ from trajectory_helpers import (
     told,
 )
 
-from fastdiff.diffusion import Prediction, jump
 from fastdiff.engine import Trainer
 from fastdiff.engine.networks import build_networks
-from fastdiff.methods import CTM, LCM, TCD, CTMConfig, LCMConfig, TCDConfig
+from fastdiff.methods import CTM, LCM, TCD, CTMConfig, LCMConfig
 from fastdiff.methods._trajectory import grid_points
 from fastdiff.models.analytic import ExactNetwork
 from fastdiff.models.analytic_networks import PointNet
 from fastdiff.models.denoiser import Denoiser
 from fastdiff.models.embeddings import time_features, with_extra_times
-from fastdiff.models.sampler import sample
 from fastdiff.models.teacher import Teacher
 
 SCHEDULES = pytest.mark.parametrize("schedule", [SD, FLOW], ids=["vp", "flow"])
@@ -303,60 +298,6 @@ def test_who_maps_what(compare_at, asked, monkeypatch):
     assert roles == asked
 
 
-# Sampling
-
-
-@pytest.mark.parametrize("eta", [0.0, 0.3, 1.0])
-@pytest.mark.parametrize("steps", [1, 2, 4])
-def test_exact_maps_keep_the_law_at_any_eta(eta, steps):
-    """Covariances are propagated through the affine sampler: no draws, no tolerance for luck."""
-    ctm, net = method(num_inference_steps=steps, eta=eta), JumpNet(exact_map())
-    spec, constant_end = ctm.sampler(), steps == 1 or eta == 1
-    denoiser = gaussian_denoiser(student=net)
-    (at, st), last = levels(999), -1 if constant_end or not eta else 0
-    scale, law_sd = (at**2 * S + st**2).sqrt(), (levels(last)[0] ** 2 * S + levels(last)[1] ** 2).sqrt()
-
-    def make(z, draws):
-        def predict(x, t, s):
-            cond = batch_of(len(x), 1).cond
-            inputs = ctm.sampling_inputs(denoiser, len(x), x.device) | ctm.step_inputs(denoiser, t, s)
-            return denoiser(x, t, cond, "student", **inputs)
-
-        return sample(spec, predict, at * MU + scale * z, lambda k: draws[k], SD)
-
-    tolerance = 1e-6 if constant_end else 1e-9  # LCM's boundary weights are not exactly (0, 1)
-    slope, noise, constant = coefficients(make, steps - 1)
-    assert constant == pytest.approx((levels(last)[0] * MU).item(), abs=tolerance)
-    assert (slope**2 + sum(b * b for b in noise)) ** 0.5 == pytest.approx(law_sd.item(), abs=tolerance)
-    assert spec.tells_end != constant_end
-    assert (max(map(abs, noise), default=0) > 0.01) == (eta > 0 and steps > 1)
-
-
-def test_samplers_that_tell_have_no_stock_scheduler_and_the_others_have():
-    config = {"num_train_timesteps": 1000, "beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
-    with pytest.raises(ValueError, match="where each step ends"):
-        method(eta=0.3).sampler().build_scheduler(config, "epsilon")
-    stock = TCD(TCDConfig()).sampler().build_scheduler(config, "epsilon")
-    assert type(stock).__name__ == "TCDScheduler" and TCD(TCDConfig()).sampler().eta == 0.3
-    stock.set_timesteps(4)
-    assert stock.timesteps.tolist() == [999, 749, 499, 249]
-    assert type(method(TCD, eta=0.0).sampler().build_scheduler(config, "epsilon")).__name__ == "DDIMScheduler"
-
-
-def test_stock_tcd_keeps_the_law_with_the_map_of_each_end():
-    """One step: the jump from 999 to index 0 by the network of that end."""
-    spec = method(TCD, num_inference_steps=1, eta=0.3).sampler()
-    config = {"num_train_timesteps": 1000, "beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
-    scheduler = spec.build_scheduler(config, "epsilon")
-    scheduler.set_timesteps(1)
-    net = JumpNet(exact_map(), lambda index: torch.zeros_like(index))
-    x = torch.linspace(-2, 2, 5, dtype=torch.float64)[:, None, None, None]
-    t = scheduler.timesteps[0]
-    found = scheduler.step(net(x, t.expand(5), None), t, x, eta=0.3).prev_sample
-    expected = exact_map()(x[:, 0, 0], torch.full((5, 1), 999.0), torch.zeros(5, 1))
-    torch.testing.assert_close(found[:, 0, 0], expected, rtol=0, atol=1e-5)
-
-
 # Refusals and the engine
 
 
@@ -400,18 +341,3 @@ def test_told_ends_read_back_from_features():
     for dtype in (torch.float32, torch.float64):
         ends = torch.tensor([-1.0, 0.0, 249.0, 999.0], dtype=dtype)
         assert told(time_features([ends])).tolist() == pytest.approx(ends.tolist(), abs=1e-3)
-
-
-def test_a_jump_depends_strongly_on_its_end():
-    """Unit variance, centred, t = 999: the coefficient of g(x, t, s) falls from .973 at s = 0 to .070 at s = 990."""
-    golden = {0: 0.973, 250: 0.547, 500: 0.315, 750: 0.154, 990: 0.070}
-    net = JumpNet(exact_map(SD, 0.0, 1.0))
-    x = f64([[[[0.0]]], [[[1.0]]]])
-    for end, value in golden.items():
-        inputs = time_features([torch.full((2,), float(end))])
-        out = net(x, torch.full((2,), 999.0), None, timestep_cond=inputs)
-        x0 = Prediction(out, "epsilon", x, torch.full((2,), 999.0), SD).x0
-        assert (x0[1] - x0[0]).item() == pytest.approx(value, abs=2e-3)
-        target = torch.full((2,), float(end))
-        moved = jump(Prediction.from_x0(x0, x, torch.full((2,), 999.0), SD), target)
-        assert (moved[1] - moved[0]).item() == pytest.approx(1.0, abs=1e-9)  # a VP process keeps unit variance
