@@ -6,7 +6,7 @@ import pytest
 import torch
 from method_helpers import SD, LabelledGaussians, batch_of, context, denoiser_of, f64
 from torch import nn
-from trajectory_helpers import FLOW, KINDS, MU, S, data, images, settings, told
+from trajectory_helpers import FLOW, KINDS, MU, S, data, images, levels, settings, told
 
 from fastdiff.data import PromptData
 from fastdiff.diffusion import Gaussian, jump
@@ -30,26 +30,26 @@ def law(mean: float, variance: float = S) -> Gaussian:
     return Gaussian(f64([mean]), f64([[variance]]))
 
 
-def setting(schedule, student, null_variance: float = S, rows: int = 64):
-    kind = KINDS[schedule]
+def setting(schedule, student, null_variance: float = S, rows: int = 64, kind: str | None = None):
+    kind = kind or KINDS[schedule]
     laws = [law(MU), law(NULL, null_variance)]
     denoiser = denoiser_of(LabelledGaussians(laws, schedule, kind), schedule, kind, student=student)
     return denoiser, batch_of(rows, 1, data(rows))
 
 
-@SCHEDULES
+@pytest.mark.parametrize(("schedule", "kind"), [(SD, "epsilon"), (SD, "v_prediction"), (FLOW, "flow")])
 @pytest.mark.parametrize("w", [0.0, 1.0, 3.0, 8.0])
 @pytest.mark.parametrize("states", ["data", "teacher"])
-def test_loss_vanishes_at_the_law_whose_mean_guidance_moved(schedule, w, states):
+def test_loss_vanishes_at_the_law_whose_mean_guidance_moved(schedule, kind, w, states):
     """Equal variances: guidance makes N(null + w (cond - null), S)."""
-    moved = ExactNetwork(law(NULL + w * (MU - NULL)), schedule, KINDS[schedule])
+    moved = ExactNetwork(law(NULL + w * (MU - NULL)), schedule, kind)
     one = method(guidance_scale=w, states=states, num_inference_steps=4)
-    denoiser, batch = setting(schedule, moved)
+    denoiser, batch = setting(schedule, moved, kind=kind)
     for step in range(3):
         ctx = context(denoiser, 64, step=step)
         assert one.student_loss(batch, ctx)["guidance"].item() < 1e-22
     if w != 1:
-        denoiser, batch = setting(schedule, ExactNetwork(law(MU), schedule, KINDS[schedule]))
+        denoiser, batch = setting(schedule, ExactNetwork(law(MU), schedule, kind), kind=kind)
         assert one.student_loss(batch, context(denoiser, 64))["guidance"].item() > 1e-5
 
 
@@ -62,6 +62,17 @@ def test_the_loss_is_the_plain_error_of_the_networks_output():
     x = SD.add_noise(batch.latents, ctx.random.normal("eps", (1, 1, 1)), t)
     cond, null = (ExactNetwork(one, SD, "epsilon")(x, t, None) for one in (law(MU), law(NULL, 0.9)))
     assert found == pytest.approx(4 * (cond - null).square().mean().item(), rel=1e-10)
+
+
+@pytest.mark.parametrize("index", [0, 400, 999])
+def test_the_loss_of_v_is_that_of_epsilon_over_alpha_squared(index):
+    """The gaps of both predictions differ by the factor alpha, since x_t is the same."""
+    found = []
+    for kind in ("epsilon", "v_prediction"):
+        denoiser, batch = setting(SD, ExactNetwork(law(MU), SD, kind), null_variance=0.9, rows=8, kind=kind)
+        ctx = context(denoiser, 8, {"t": torch.full((8,), index)})
+        found.append(method(guidance_scale=3.0).student_loss(batch, ctx)["guidance"].item())
+    assert found[1] == pytest.approx(found[0] / levels(index)[0].item() ** 2, rel=1e-9)
 
 
 @SCHEDULES

@@ -128,7 +128,7 @@ def test_steps_that_keep_no_noise_regress_the_teachers_clean_prediction():
     assert gap[:3].max() < 1e-12 < 1e-4 < gap[3]
 
 
-@pytest.mark.parametrize("process", ["epsilon", "flow"])
+@pytest.mark.parametrize("process", PROCESSES)
 def test_a_step_that_keeps_no_noise_ends_in_the_teachers_clean_prediction(process):
     """With q = 2 and a = 0 the step from kappa = 0.9 arrives; a table's first index, short of it, asks the networks."""
     schedule, kind, *_ = PROCESSES[process]
@@ -142,7 +142,7 @@ def test_a_step_that_keeps_no_noise_ends_in_the_teachers_clean_prediction(proces
     assert (found[1] - clean[1]).abs().min() > 1e-2
 
 
-@pytest.mark.parametrize("process", ["epsilon", "flow"])
+@pytest.mark.parametrize("process", PROCESSES)
 def test_at_the_exact_consistency_function_the_step_errs_at_second_order(process):
     schedule, kind, *_ = PROCESSES[process]
     exact = ConsistencyNetwork(schedule, kind)
