@@ -9,7 +9,7 @@ import pytest
 import torch
 from method_helpers import SD, LabelledGaussians, batch_of, context, denoiser_of, f64, settle, spatial
 from straight_helpers import FLOW, KINDS, LAW, Free, LinearNetwork, noise, pairs, stock_samples
-from trajectory_helpers import gaussian_denoiser, jumps, mapped, product_map, student_loss
+from trajectory_helpers import MU, data, gaussian_denoiser, jumps, levels, mapped, product_map, student_loss
 
 from fastdiff.diffusion import Gaussian, Prediction, Terminal, solve, teacher_times
 from fastdiff.engine import Settings, Trainer
@@ -121,19 +121,27 @@ def test_stock_samplers_are_exact_at_every_multiple_of_the_windows(case, steps):
     torch.testing.assert_close(found, x, rtol=0, atol=5e-6)
 
 
-@pytest.mark.parametrize(
-    ("start", "end", "golden"), [(999, 749, 0.99712), (749, 499, 0.97951), (499, 249, 0.90729), (249, 0, 0.52926)]
-)
-def test_golden_slopes_of_the_target_under_an_exact_teacher(start, end, golden):
-    """eps~ over x_s - alpha_s mean for variance 0.49; it is also the public code's `ddim_eps` target."""
-    law = Gaussian(f64([1.3]), f64([[0.49]]))
-    t, s = f64([float(start)] * 2), f64([float(end)] * 2)
-    x_s = f64([[0.5], [1.5]])
-    x_e = law.flow_map(x_s, t, s, SD)
-    _, eps = line_through(x_s, t, x_e, s, SD)
-    assert (eps[1] - eps[0]).item() == pytest.approx(golden, abs=5e-6)
-    scale, sigma = SD.alpha(s) / SD.alpha(t), SD.sigma(s) - SD.alpha(s) / SD.alpha(t) * SD.sigma(t)
-    torch.testing.assert_close(eps, (x_e - scale[:, None] * x_s) / sigma[:, None], rtol=0, atol=1e-12)
+@pytest.mark.parametrize(("start", "golden"), [(999, 0.99712), (749, 0.97951), (499, 0.90729), (249, 0.50807)])
+def test_golden_slopes_of_the_target_under_an_exact_teacher(start, golden):
+    """eps~ over x_s - alpha_s mean, by what a student of zeros misses, extrapolated to endless solver steps."""
+    denoiser, slopes = gaussian_denoiser(student=AffinePerBin(1, [0.0]).double()), []
+    (alpha, sigma), z = levels(start), context(denoiser, 8).random.normal("eps", (1, 1, 1)).double()
+    x_s = z if start == 999 else alpha * data(8) + sigma * z
+    for steps in (125, 250):
+        missed = student_loss(method(solver_steps=steps), denoiser, 8, {"t": torch.full((8,), start - 100)})["perflow"]
+        slopes.append((missed / (x_s - alpha * MU).square().mean()).sqrt().item())
+    assert 2 * slopes[1] - slopes[0] == pytest.approx(golden, abs=5e-4 if start == 249 else 1e-5)
+
+
+def test_factors_of_the_public_codes_other_target():
+    """eta of `ddim_eps` over that of `diff_eps` in the public windows, the last of which ends at index 0."""
+    found = []
+    for start, end in ((999, 749), (749, 499), (499, 249), (249, 0), (249, -1)):
+        (alpha_s, sigma_s), (alpha_e, sigma_e) = levels(start), levels(end)
+        gamma = alpha_s / alpha_e
+        found.append(((sigma_e - sigma_s / gamma) / (-(1 - gamma**2).sqrt() / gamma)).item())
+    assert found == pytest.approx([0.75058, 0.65844, 0.63151, 0.95877, 1], abs=5e-6)
+    assert ", ".join(f"{factor:.3f}" for factor in found[:4]) in PeRFlow.__doc__
 
 
 @pytest.mark.parametrize(

@@ -105,8 +105,8 @@ class PeRFlow(Method):
     the same chord. One window is reflow with pairs made on the way.
 
     The public code's other targets are not offered, for only its own scheduler samples their students: `diff_eps`, its
-    SD1.5 run's, is eps~ times a factor of the window (0.751, 0.658, 0.632, 0.959 from the noisiest of four), and
-    `velocity` makes the network predict (x_e - x_s) / (e - s) itself.
+    SD1.5 run's, is eps~ times a factor of the window (0.751, 0.658, 0.632, 0.959 from the noisiest of four, the last of
+    which ends at index 0 there; at the clean end it would be 1), and `velocity` makes the network predict (x_e - x_s) / (e - s) itself.
     """
 
     info = MethodInfo(
