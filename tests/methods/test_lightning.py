@@ -6,12 +6,13 @@ import copy
 import dataclasses
 import itertools
 import math
+from functools import partial
 
 import pytest
 import torch
-from method_helpers import SD, batch_of, context, denoiser_of, f64, spatial
+from method_helpers import SD, batch_of, context, denoiser_of, f64, settle, spatial
 from straight_helpers import KINDS, LAW, Free, PairData, noise
-from trajectory_helpers import MU, factor, gaussian_denoiser, levels
+from trajectory_helpers import MU, factor, gaussian_denoiser, jumps, levels, mapped, product_map, student_loss
 
 from fastdiff.diffusion import jump, teacher_times
 from fastdiff.engine import Settings, Trainer
@@ -21,6 +22,7 @@ from fastdiff.methods.base import Batch
 from fastdiff.methods.lightning import CRITIC, HEAD, Lightning, LightningConfig, with_extra_starts
 from fastdiff.methods.progressive import PREVIOUS, Progressive, ProgressiveConfig
 from fastdiff.models.analytic import ExactNetwork
+from fastdiff.models.analytic_networks import AffinePerBin
 from fastdiff.models.conditioning import Conditioning
 from fastdiff.models.teacher import Teacher
 
@@ -94,6 +96,26 @@ def test_a_student_that_is_its_teacher_takes_the_same_step():
     denoiser = denoiser_of(ExactNetwork(LAW, SD, "epsilon"), student=ExactNetwork(LAW, SD, "epsilon"))
     step = method(teacher_steps=1).transition(batch_of(8, 2, spatial(noise(8))), context(denoiser, 8))
     torch.testing.assert_close(step.fake, step.real, rtol=0, atol=1e-13)
+
+
+def test_a_chain_of_stages_learns_the_product_of_the_finest_teachers_steps():
+    """128 DDIM steps by 32, 8, 4, 2, 1: each stage fits its teacher, the student before it, and the last takes one step."""
+    previous, x = None, f64([-1.0, 2.0])
+    for steps, many in ((32, 4), (8, 4), (4, 2), (2, 2), (1, 2)):
+        stage = PREVIOUS if previous else "teacher"
+        config = {"num_inference_steps": steps, "teacher_steps": many, "first_timestep": 991, "stage_teacher": stage}
+        one = method(objective="mse", **config)
+        if not previous:
+            finest = [-1, *sorted(one._steps.host[:, :-1].flatten().tolist())]
+        student = AffinePerBin(1, sorted(one._steps.host[:, 0].tolist())).double()
+        denoiser = gaussian_denoiser(student=student, **({PREVIOUS: previous} if previous else {}))
+        draws = {"step": torch.arange(4 * steps) % steps}
+        learn = partial(student_loss, one, denoiser, 4 * steps, draws)
+        settle(lambda learn=learn: learn()["progressive"], denoiser.roles.parameters("student"))
+        assert learn()["progressive"] < 1e-20
+        previous = copy.deepcopy(student).requires_grad_(False)
+    assert len(finest) == 129
+    torch.testing.assert_close(jumps(denoiser, x, 991, -1), mapped(product_map(finest), x, 991, -1), rtol=0, atol=1e-9)
 
 
 def test_sampling_is_stock_trailing_ddim():
