@@ -13,6 +13,7 @@ from tiny_transformers import build
 from torch import nn
 
 from fastdiff.diffusion import FlowSchedule, Gaussian, VPSchedule, pf_velocity
+from fastdiff.methods._flow_map import end_input
 from fastdiff.methods.freeflow import FreeFlow
 from fastdiff.methods.meanflow import MeanFlow
 from fastdiff.methods.rcm import RCM
@@ -212,6 +213,24 @@ def test_both_routes_agree_on_a_unet(tiny_sd, student):
 def _at(denoiser, cond):
     generator = torch.Generator().manual_seed(1)
     return torch.randn(2, 4, 4, 16, 16, generator=generator)[0], torch.tensor([20.0, 300.0, 700.0, 950.3])
+
+
+@pytest.mark.parametrize("alone", [False, True], ids=["along the trajectory", "the end alone"])
+@pytest.mark.parametrize("name", ["tiny_sd", "tiny_sdxl"])
+def test_both_routes_agree_on_a_unet_that_is_told_an_end(name, alone, request):
+    """MeanFlow's direction, which holds the end, and FreeFlow's, which moves nothing else."""
+    teacher = Teacher(request.getfixturevalue(name), "tiny")
+    network, generator = with_extra_times(teacher.network), torch.Generator().manual_seed(1)
+    nn.init.normal_(network.time_embedding.cond_proj.weight, std=0.1, generator=generator)
+    denoiser, cond = Denoiser(Roles(network, {}), teacher.family, SD, "epsilon"), teacher.encode(["a", "b"] * 2, 32)
+    x, dx = torch.randn(2, 4, 4, 16, 16, generator=generator)
+    at = Point(x, torch.tensor([20.0, 300.0, 700.0, 950.3]), torch.tensor([-1.0, 100.5, 0.0, 900.0]))
+    along = Point(None, None, torch.ones(4)) if alone else Point(dx, torch.full((4,), 160.0))
+    forward, difference = (
+        Tangents(route)(denoiser, cond, "teacher", at, along, inputs=lambda end: end_input(SD, end))
+        for route in ("forward", "difference")
+    )
+    assert distance(difference.derivative, forward.derivative) < 0.01
 
 
 def test_both_routes_agree_on_the_shipped_teacher_also_when_training_in_half_precision():
