@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
 from fastdiff.evaluation.leaderboard import (
@@ -17,6 +19,7 @@ from fastdiff.evaluation.leaderboard import (
 )
 from fastdiff.evaluation.row import Row
 
+BOARD = Path(__file__).resolve().parents[2] / "eval" / "leaderboard.json"
 SETTINGS = {"protocol": "p"}
 
 
@@ -69,6 +72,13 @@ def test_a_student_is_held_against_the_best_baseline_of_its_table_at_no_more_cal
     found = entry(calls=calls, table=table)
     assert found.baseline_metrics["fid"] == baseline
     assert found.score == pytest.approx((12 - 2) / (baseline - 2))
+
+
+def test_one_shipped_lora_of_tscd_beats_the_undistilled_teacher_at_every_number_of_steps():
+    entries = [one for one in read_entries(BOARD) if one.method == "tscd"]
+    assert sorted((one.steps, one.seed) for one in entries) == [(n, seed) for n in (1, 2, 4, 8) for seed in (0, 1, 2)]
+    assert len({(one.seed, one.train_seconds) for one in entries}) == 3  # a run of each seed serves all steps
+    assert all(one.metrics["fid"] < one.baseline_metrics["fid"] for one in entries)
 
 
 def test_a_student_cheaper_than_every_baseline_is_refused():

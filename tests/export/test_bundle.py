@@ -2,11 +2,13 @@
 
 import pytest
 import torch
-from diffusers import DiffusionPipeline
+from diffusers import DDIMScheduler, DiffusionPipeline, TCDScheduler
 from export_helpers import Trained
 from huggingface_hub import ModelCard
 
+from fastdiff.diffusion import teacher_times
 from fastdiff.export import ExportOptions, License, LoadBackError, StudentRecord, export_student, read_record
+from fastdiff.methods import TSCD, TSCDConfig
 from fastdiff.models.sampler import SamplerSpec
 
 
@@ -51,6 +53,21 @@ def test_lora_alone_keeps_its_scheduler(trained_sd, fresh, tmp_path):
         *("scheduler", "fastdiff.json", "README.md"),
         *("pytorch_lora_weights.safetensors", "pytorch_lora_weights_kohya.safetensors"),
     }
+
+
+@pytest.mark.parametrize(("eta", "kind"), [(0.0, DDIMScheduler), (0.3, TCDScheduler)])
+def test_a_unified_lora_serves_all_numbers_of_steps_with_its_stock_scheduler(tiny_sd, fresh, tmp_path, eta, kind):
+    """The last stage of TSCD: one file for 1 to 8 steps, at the trailing times that it was trained at."""
+    trained = Trained(tiny_sd, TSCD(TSCDConfig(num_segments=1, num_inference_steps=4, eta=eta)).sampler())
+    export(trained, tmp_path / "student", fresh, pipeline=False)
+    pipeline = fresh(tiny_sd)()
+    pipeline.load_lora_weights(tmp_path / "student")
+    pipeline.scheduler = kind.from_pretrained(tmp_path / "student", subfolder="scheduler")
+    for steps in (1, 2, 4, 8):
+        image = pipeline("ab", num_inference_steps=steps, guidance_scale=0.0, eta=eta, output_type="pt").images
+        assert image.isfinite().all()
+        times = teacher_times(trained.teacher.schedule, steps)[:-1]
+        assert pipeline.scheduler.timesteps.tolist() == [int(t) for t in times]
 
 
 def test_half_precision_has_its_own_tolerance(trained_sd, fresh, tmp_path):
