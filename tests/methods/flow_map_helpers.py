@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import torch
-from method_helpers import SD, f64
+from method_helpers import SD, f64, spatial
 from torch import nn
 
 from fastdiff.data.rejects import Rejects
@@ -12,6 +12,7 @@ from fastdiff.engine import Settings
 from fastdiff.methods import Batch
 from fastdiff.models.analytic import ExactNetwork
 from fastdiff.models.conditioning import Conditioning
+from fastdiff.models.embeddings import time_features
 
 LAW = Gaussian(f64([1.3, -0.4]), f64([[0.49, 0.2], [0.2, 0.9]]))
 PROCESSES = {
@@ -32,16 +33,17 @@ def schedule_time(schedule: NoiseSchedule, time: torch.Tensor) -> torch.Tensor:
 
 
 class ConsistencyNetwork(nn.Module):
-    """The exact consistency function of a Gaussian as a network."""
+    """The exact consistency function of a Gaussian as a network; `tilt` spoils it, the less the cleaner its input."""
 
-    def __init__(self, schedule, kind: str, tilt: float = 0.0) -> None:
+    def __init__(self, schedule, kind: str, tilt: float | nn.Parameter = 0.0) -> None:
         super().__init__()
         self.schedule, self.kind, self.tilt = schedule, kind, tilt
         self.register_buffer("anchor", torch.zeros((), dtype=torch.float64))
 
     def forward(self, x_t, time, labels):
         t = schedule_time(self.schedule, time)
-        x0 = LAW.flow_map(x_t, t, Terminal.CLEAN, self.schedule) + self.tilt * x_t
+        alpha, sigma = self.schedule.levels(t, x_t)
+        x0 = LAW.flow_map(x_t, t, Terminal.CLEAN, self.schedule) + self.tilt * sigma / (alpha + sigma) * x_t
         return Prediction.from_x0(x0, x_t, t, self.schedule).as_kind(self.kind)
 
     def enable_gradient_checkpointing(self, _function):
@@ -51,7 +53,9 @@ class ConsistencyNetwork(nn.Module):
 class MapNetwork(nn.Module):
     """Predicts the pair (x0, eps) whose straight line leads from x_t to where the exact flow leads; `tilt` spoils it."""
 
-    def __init__(self, schedule: NoiseSchedule, kind: str, tilt: float = 0.0, law: Gaussian = LAW) -> None:
+    def __init__(
+        self, schedule: NoiseSchedule, kind: str, tilt: float | nn.Parameter = 0.0, law: Gaussian = LAW
+    ) -> None:
         super().__init__()
         self.schedule, self.kind, self.tilt, self.law = schedule, kind, tilt, law
         self.register_buffer("anchor", torch.zeros((), dtype=torch.float64))
@@ -65,6 +69,29 @@ class MapNetwork(nn.Module):
         x0 = torch.where(still, self.law.denoise(x_t, t, self.schedule), x0)
         x0 = x0 + self.tilt * x_t * (1 + s[:, None, None, None] / self.schedule.t_max)
         return Prediction.from_x0(x0, x_t, t, self.schedule).as_kind(self.kind)
+
+    def enable_gradient_checkpointing(self, _function):
+        pass
+
+
+class OwnScore(nn.Module):
+    """The exact denoiser of the one-step samples that a student of a flow, affine in its noise, makes now."""
+
+    def __init__(self, student: nn.Module, tells_end: bool = True) -> None:
+        super().__init__()
+        self.student, self.tells_end = (student,), tells_end
+        self.register_buffer("anchor", torch.zeros((), dtype=torch.float64))
+
+    @torch.no_grad()
+    def law(self) -> Gaussian:
+        z, none = spatial(torch.eye(3, 2, dtype=torch.float64)), torch.zeros(3, dtype=torch.float64)
+        end = [time_features([none])] if self.tells_end else []
+        samples = (z - self.student[0](z, none + 1000, None, *end)).flatten(1)  # the last is that of no noise
+        A = (samples[:2] - samples[2]).T
+        return Gaussian(samples[2], A @ A.T)
+
+    def forward(self, x_t: torch.Tensor, time: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        return ExactNetwork(self.law(), FlowSchedule(), "flow")(x_t, time, labels)
 
     def enable_gradient_checkpointing(self, _function):
         pass
