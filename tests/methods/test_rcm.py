@@ -5,14 +5,16 @@ from __future__ import annotations
 import pytest
 import torch
 from flow_map_helpers import LAW, ConsistencyNetwork, Latents, sd_batch, settings, teacher_network
-from method_helpers import SD, batch_of, context, denoiser_of, spatial
+from method_helpers import SD, batch_of, context, denoiser_of, f64, spatial
+from torch import nn
 
+from fastdiff.diffusion import Gaussian
 from fastdiff.engine import Trainer
 from fastdiff.engine.networks import build_networks
 from fastdiff.methods.dmd2 import DMD2, DMD2Config
 from fastdiff.methods.rcm import RCM, RCMConfig
 from fastdiff.methods.scm import SCM, SCMConfig
-from fastdiff.models.analytic import AnalyticTeacher
+from fastdiff.models.analytic import AnalyticTeacher, ExactNetwork
 from fastdiff.models.teacher import Teacher
 
 
@@ -20,22 +22,31 @@ def method(**config) -> RCM:
     return RCM(RCMConfig(**{"guidance_scale": 1.0, "timesteps": (999,)} | config))
 
 
-def setup(step: int):
-    student = ConsistencyNetwork(SD, "epsilon", tilt=0.2)
-    fake = teacher_network("epsilon")
+def setup(step: int, shift: float = 1.0):
+    student = ConsistencyNetwork(SD, "epsilon", nn.Parameter(f64(0.2)))
+    fake = ExactNetwork(Gaussian(LAW.mean + shift, LAW.cov), SD, "epsilon")
     denoiser = denoiser_of(teacher_network("epsilon"), student=student, fake_score=fake)
     batch = batch_of(8, 2, spatial(torch.randn(8, 2, generator=torch.Generator().manual_seed(0))).double())
     return denoiser, batch, context(denoiser, 8, step=step)
 
 
-def test_the_consistency_term_is_scms_and_the_other_dmd2s():
-    _denoiser, batch, ctx = setup(2000)
-    terms = method(consistency_weight=3.0).student_loss(batch, ctx)
+@pytest.mark.parametrize("timesteps", [(999,), (999, 499)])
+def test_the_consistency_term_is_scms_and_the_other_dmd2s(timesteps):
+    denoiser, batch, ctx = setup(2000)
+    terms = method(consistency_weight=3.0, timesteps=timesteps).student_loss(batch, ctx)
     scm = SCM(SCMConfig(time_mean=0.7, time_std=1.6, tangent_warmup=1000)).student_loss(batch, ctx)
-    dmd = DMD2(DMD2Config(guidance_scale=1.0)).student_loss(batch, ctx)
-    assert set(terms) == {"distribution_matching", "consistency"}
-    torch.testing.assert_close(terms["consistency"], 3 * scm["consistency"])
-    torch.testing.assert_close(terms["distribution_matching"], dmd["distribution_matching"])
+    dmd = DMD2(DMD2Config(guidance_scale=1.0, timesteps=timesteps)).student_loss(batch, ctx)
+    expected = {"distribution_matching": dmd["distribution_matching"], "consistency": 3 * scm["consistency"]}
+    assert terms.keys() == expected.keys()
+    for name, term in terms.items():
+        slopes = [torch.autograd.grad(one, denoiser.roles.parameters("student")) for one in (term, expected[name])]
+        assert term > 1e-3 and slopes[0][0].abs() > 1e-3
+        torch.testing.assert_close((term, *slopes[0]), (expected[name], *slopes[1]), rtol=1e-12, atol=0)
+
+
+def test_the_score_term_rests_where_the_fake_score_is_the_teacher():
+    _denoiser, batch, ctx = setup(2000, shift=0.0)
+    assert method().student_loss(batch, ctx)["distribution_matching"] == 0
 
 
 def test_the_warm_up_is_scm_alone_and_then_one_turn_in_five_is_the_students():
