@@ -7,7 +7,7 @@ from engine_helpers import PROMPTS, Latents
 
 from fastdiff.engine import Settings, Trainer
 from fastdiff.engine.networks import build_networks
-from fastdiff.methods import APEX, CTM, APEXConfig, CTMConfig, Progressive, ProgressiveConfig
+from fastdiff.methods import APEX, CTM, APEXConfig, CTMConfig, FreeFlow, FreeFlowConfig, Progressive, ProgressiveConfig
 from fastdiff.models.teacher import Teacher
 
 
@@ -29,8 +29,9 @@ def test_networks_that_no_optimizer_moves_need_no_gradients_of_weights(tiny_sd, 
     assert all(weight.requires_grad for weight in roles.network("student").parameters())
 
 
-def test_too_small_a_batch_is_named_before_anything_is_made(tiny_sd, tmp_path):
+@pytest.mark.parametrize("method", [APEX(APEXConfig()), FreeFlow(FreeFlowConfig())], ids=lambda one: one.info.name)
+def test_too_small_a_batch_is_named_before_anything_is_made(tiny_sd, tmp_path, method):
     run = settings(output_dir=str(tmp_path / "run"), train_batch_size=3)
-    with pytest.raises(ValueError, match=r"apex needs micro-batches of 4 samples or more.*train_batch_size 3"):
-        Trainer(APEX(APEXConfig()), Teacher(tiny_sd), Latents(PROMPTS), run)
+    with pytest.raises(ValueError, match=r"needs micro-batches of 4 samples or more.*train_batch_size 3"):
+        Trainer(method, Teacher(tiny_sd), Latents(PROMPTS), run)
     assert not (tmp_path / "run").exists()

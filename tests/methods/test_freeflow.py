@@ -2,13 +2,25 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
-from flow_map_helpers import LAW, PROCESSES, Latents, MapNetwork, sd_batch, settings, teacher_network
-from method_helpers import SD, batch_of, context, denoiser_of, f64, spatial
+from flow_map_helpers import LAW, PROCESSES, Latents, MapNetwork, OwnScore, sd_batch, settings, teacher_network
+from method_helpers import (
+    SD,
+    AffineGenerator,
+    LabelledGaussians,
+    batch_of,
+    context,
+    denoiser_of,
+    f64,
+    signs,
+    spatial,
+)
 from torch import nn
 
-from fastdiff.diffusion import FlowSchedule, Gaussian, Terminal
+from fastdiff.diffusion import FlowSchedule, Gaussian
 from fastdiff.engine import Trainer
 from fastdiff.engine.networks import build_networks
 from fastdiff.methods._flow_map import end_input, moved_share, noise_share, noise_share_rate
@@ -16,6 +28,7 @@ from fastdiff.methods.base import time_at
 from fastdiff.methods.freeflow import FreeFlow, FreeFlowConfig
 from fastdiff.models.analytic import AnalyticTeacher, ExactNetwork
 from fastdiff.models.analytic_networks import PointNet
+from fastdiff.models.conditioning import Conditioning
 from fastdiff.models.embeddings import with_extra_times
 from fastdiff.models.teacher import Teacher
 
@@ -94,21 +107,18 @@ def test_ends_cover_the_indices_down_to_the_clean_end():
 # Correction
 
 
-def corrected(fake: nn.Module, process: str = "flow", tilt: float = 0.0, **config):
-    schedule, kind, *_ = PROCESSES[process]
-    student = MapNetwork(schedule, kind, tilt)
-    denoiser = denoiser_of(teacher_network(process), schedule, kind, student=student, fake_score=fake)
-    batch, z, rows = batch_of(64, 2), spatial(torch.randn(64, 2, dtype=torch.float64)), torch.arange(64)
-    ctx = context(denoiser, 64)
-    loss = method(norm_power=0.0, **config).correct(z, torch.tensor(1.0).double(), rows, batch, ctx)
-    return loss, denoiser, z, batch
+def corrected(fake: nn.Module | None = None, tilt: float = 0.0, **config) -> torch.Tensor:
+    student = MapNetwork(FlowSchedule(), "flow", tilt)
+    fake = OwnScore(student) if fake is None else fake
+    denoiser = denoiser_of(teacher_network("flow"), FlowSchedule(), "flow", student=student, fake_score=fake)
+    rows, residual = torch.arange(64), torch.tensor(1.0).double()
+    free_flow = method(norm_power=0.0, **config)
+    return free_flow.correct(noise(64), residual, rows, batch_of(64, 2), context(denoiser, 64))
 
 
 def test_the_correction_rests_where_the_samples_law_is_the_teachers():
-    schedule, kind, *_ = PROCESSES["flow"]
-    exact, *_ = corrected(ExactNetwork(LAW, schedule, kind))
-    other, *_ = corrected(ExactNetwork(Gaussian(LAW.mean + 1, LAW.cov), schedule, kind))
-    assert exact < 1e-20 < 1e-4 < other
+    """The fake score is the exact one of the student's own samples."""
+    assert corrected() < 1e-18 and corrected(tilt=0.2) > 1e-4
 
 
 class Free(nn.Module):
@@ -141,31 +151,45 @@ def test_a_correction_moves_samples_towards_the_teacher():
 def test_the_corrections_length_is_the_predictions_residual():
     schedule = FlowSchedule()
     fake = ExactNetwork(Gaussian(LAW.mean + 1, LAW.cov), schedule, "flow")
-    one, *_ = corrected(fake, norm_constant=1e-12)
-    assert one.item() == pytest.approx(1, rel=1e-6)  # |residual|^2 = 1
+    assert corrected(fake, norm_constant=1e-12).item() == pytest.approx(1, rel=1e-6)  # |residual|^2 = 1
 
 
-def test_rows_are_split_in_three_and_one():
-    seen = {}
+@pytest.mark.parametrize("process", PROCESSES)
+def test_without_correction_the_loss_vanishes_at_the_exact_map_and_only_there(process):
+    schedule, kind, *_ = PROCESSES[process]
+    for tilt, holds in ((0.0, True), (0.1, False)):
+        student = MapNetwork(schedule, kind, tilt)
+        denoiser = denoiser_of(teacher_network(process), schedule, kind, student=student)
+        ctx = context(denoiser, 16, {"end": torch.linspace(0.01, 0.99, 16).double()})
+        terms = method(correct_every=0, norm_power=0.0).student_loss(batch_of(16, 2), ctx)
+        assert set(terms) == {"predict"}
+        assert terms["predict"] < 1e-14 if holds else terms["predict"] > 1e-6
 
-    class Spy(FreeFlow):
-        def predict(self, z, s, batch, ctx):
-            seen["predict"] = batch.indices.tolist()
-            return super().predict(z, s, batch, ctx)
 
-        def correct(self, z, residual, rows, batch, ctx):
-            seen["correct"] = batch.indices.tolist()
-            assert torch.equal(rows, batch.indices)
-            return super().correct(z, residual, rows, batch, ctx)
+@pytest.mark.parametrize("rows", [8, 10])
+def test_every_fourth_row_is_corrected_and_the_others_are_predicted(rows):
+    """The teacher has two labels, so that prompts must go with their rows."""
+    schedule, other = FlowSchedule(), Gaussian(LAW.mean + 1, LAW.cov)
+    base, student = LabelledGaussians([LAW, other], schedule, "flow"), MapNetwork(schedule, "flow", 0.1)
+    fake = ExactNetwork(Gaussian(LAW.mean - 1, LAW.cov), schedule, "flow")
+    denoiser = denoiser_of(base, schedule, "flow", student=student, fake_score=fake)
+    batch = replace(batch_of(rows, 2), cond=Conditioning({"labels": torch.arange(rows) // 2 % 2}))
+    ctx, free_flow = context(denoiser, rows), method(correction_weight=3.0)
+    first, second = (torch.tensor([k for k in range(rows) if (k % 4 == 3) == last]) for last in (False, True))
 
-    schedule, kind, *_ = PROCESSES["flow"]
-    student, fake = MapNetwork(schedule, kind), teacher_network("flow")
-    denoiser = denoiser_of(teacher_network("flow"), schedule, kind, student=student, fake_score=fake)
-    for rows in (4, 8, 10):
-        terms = Spy(FreeFlowConfig()).student_loss(batch_of(rows, 2), context(denoiser, rows))
-        assert seen["correct"] == list(range(3, rows, 4))
-        assert sorted(seen["predict"] + seen["correct"]) == list(range(rows)) and set(terms) == {"predict", "correct"}
-    assert set(method(correct_every=0).student_loss(batch_of(3, 2), context(denoiser, 3))) == {"predict"}
+    def part(of):
+        return replace(batch, indices=batch.indices[of], cond=batch.cond[of])
+
+    z, s = ctx.random.normal("z", (2, 1, 1)), free_flow.ends(ctx)
+    predict, residual = free_flow.predict(z[first], s[first], part(first), ctx)
+    correct = free_flow.correct(z[second], residual, second, part(second), ctx)
+    terms = free_flow.student_loss(batch, ctx)
+    assert set(terms) == {"predict", "correct"}
+    torch.testing.assert_close(terms["predict"], len(first) / rows * predict, rtol=1e-12, atol=0)
+    torch.testing.assert_close(terms["correct"], len(second) / rows * 3 * correct, rtol=1e-12, atol=0)
+
+
+def test_without_correction_there_is_no_fake_score():
     assert set(method(correct_every=0).groups()) == {"student"}
     assert [update.name for update in method(correct_every=0).updates(0)] == ["student"]
 
@@ -192,21 +216,20 @@ def test_each_turn_moves_its_own_network(tiny_sd):
             p.grad = None
 
 
-def test_the_fake_score_denoises_one_step_samples():
-    schedule, kind, *_ = PROCESSES["flow"]
-    fake = teacher_network("flow")
-    denoiser = denoiser_of(
-        teacher_network("flow"), schedule, kind, student=MapNetwork(schedule, kind), fake_score=fake
-    )
-    batch, ctx = batch_of(16, 2), context(denoiser, 16)
-    loss = method().fake_score_loss(batch, ctx)["denoising"]
-    z = ctx.random.normal("fake/z", (2, 1, 1)).double()
-    x0 = LAW.flow_map(z, torch.ones(16).double(), Terminal.CLEAN, schedule)
-    t = schedule.time_of_index(ctx.random.integers("fake/t", 0, 1000))
-    eps = ctx.random.normal("fake/eps", (2, 1, 1)).double()
-    x_t = schedule.add_noise(x0, eps, t)
-    expected = (denoiser(x_t, t, batch.cond, "fake_score").flow - (eps - x0)).square().mean()
-    torch.testing.assert_close(loss, expected, rtol=1e-3, atol=1e-5)
+def test_the_fake_score_rests_at_the_exact_denoiser_of_one_step_samples():
+    """All signs of (z, eps) have the moments of normal draws; the loss left is the velocity's conditional variance."""
+    schedule, student, points = FlowSchedule(), MapNetwork(FlowSchedule(), "flow", tilt=0.2), signs(4)
+    draws = {"fake/z": spatial(points[:, :2]), "fake/eps": spatial(points[:, 2:]), "fake/t": torch.full((16,), 499)}
+    assert schedule.time_of_index(draws["fake/t"]).eq(0.5).all()
+    for law, holds in ((OwnScore(student).law(), True), (LAW, False)):
+        gain = law.cov @ torch.linalg.inv(law.cov + torch.eye(2)) * 2  # of E[x0 | x_t] at t = 1/2
+        fake = AffineGenerator(gain, law.mean - gain @ law.mean / 2, schedule, "flow")
+        denoiser = denoiser_of(teacher_network("flow"), schedule, "flow", student=student, fake_score=fake)
+        loss = method().fake_score_loss(batch_of(16, 2), context(denoiser, 16, draws))["denoising"]
+        slopes = torch.autograd.grad(loss, [fake.A, fake.b])
+        left = 4 * (law.cov - gain @ law.cov / 2).trace() / 2
+        assert (max(slope.abs().max() for slope in slopes) < 1e-12) == holds
+        assert (loss.item() == pytest.approx(left.item(), rel=1e-12)) == holds
 
 
 @pytest.mark.parametrize(
