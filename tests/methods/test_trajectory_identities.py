@@ -29,9 +29,11 @@ from fastdiff.methods import (
     MeanFlowConfig,
 )
 from fastdiff.methods._trajectory import grid_points
+from fastdiff.methods.scm import tangent
 from fastdiff.models.analytic_networks import PointNet
-from fastdiff.models.embeddings import with_extra_times
+from fastdiff.models.embeddings import time_features, with_extra_times
 from fastdiff.models.sampler import SamplerSpec, advance
+from fastdiff.models.tangents import Tangents
 
 PLAIN = {"guidance_scale": 1.0, "loss_type": "l2", "target_decay": 0.0}
 
@@ -135,3 +137,24 @@ def test_ever_shorter_steps_make_boots_residual_freeflows():
         errors.append(((1 - t)[:, None, None, None] * residual + gap).norm().item())
     assert gap.norm() > 0.1
     first_order(errors)
+
+
+class ToTheCleanEnd(MapNetwork):
+    """A map that always ends there, whether or not it is told so."""
+
+    def forward(self, x_t, time, labels, timestep_cond=None):
+        return super().forward(x_t, time, labels, time_features([torch.zeros_like(time)]))
+
+
+def test_meanflows_identity_at_the_clean_end_is_scms_tangent():
+    """f = x - t u moves by -(u - target) dt along the teacher's ODE, and dt = (cos + sin)^-2 da of TrigFlow's angle."""
+    schedule, kind, *_ = PROCESSES["flow"]
+    denoiser = denoiser_of(teacher_network("flow"), schedule, kind, student=ToTheCleanEnd(schedule, kind, tilt=0.2))
+    x, eps = torch.randn(2, 4, 2, 1, 1, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    t, batch = f64([0.1, 0.4, 0.7, 0.95]), batch_of(4, 2)
+    x_t, ctx = schedule.add_noise(PLANE.sample(x), eps, t), context(denoiser, 4)
+    g = tangent(denoiser(x_t, t, batch.cond, "teacher"), batch, ctx, Tangents(), share=1.0)
+    u, target, _ = MeanFlow(MeanFlowConfig()).sides(x_t, t, torch.zeros_like(t), batch, ctx)
+    rate = ((1 - t) * ((1 - t) ** 2 + t**2).sqrt())[:, None, None, None]
+    assert g.flatten(1).norm(dim=1).min() > 1e-3
+    torch.testing.assert_close(g, -rate * (u - target), rtol=1e-8, atol=1e-10)
