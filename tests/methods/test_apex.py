@@ -152,18 +152,47 @@ def test_groups_flags_and_ends():
     assert flagged[2].all() and not plain[2].any() and torch.equal(flagged[0], plain[0])
 
 
-def test_all_terms_rest_where_fakes_are_like_the_data():
-    """No gap between flagged and plain velocities, as for a network that does not look at the flag."""
-    schedule, kind, *_ = PROCESSES["flow"]
-    denoiser, batch = (
-        denoiser_with(MapNetwork(schedule, kind, 0.1)),
-        batch_of(8, 2, spatial(torch.randn(8, 2)).double()),
-    )
-    terms = method().student_loss(batch, context(denoiser, 8))
-    assert terms["adversarial"] == 0 and terms["average_velocity"] > 0
-    only = method(adversarial_weight=0.0).student_loss(batch, context(denoiser, 8))
-    assert set(only) == {"average_velocity"}
-    torch.testing.assert_close(only["average_velocity"], terms["average_velocity"])
+class Constant(nn.Module):
+    """One velocity for whatever is not flagged, and `gap` more for what is."""
+
+    def __init__(self, velocity: float, gap: float) -> None:
+        super().__init__()
+        self.velocity, self.gap = nn.Parameter(f64(velocity)), gap
+
+    def forward(self, x_t, time, labels, timestep_cond):
+        flagged = told_end(timestep_cond, 1)[:, None, None, None].abs() > 1
+        return torch.where(flagged, self.velocity + self.gap, self.velocity).expand_as(x_t)
+
+    def enable_gradient_checkpointing(self, _function):
+        pass
+
+
+@pytest.mark.parametrize("gap", [0.3, -0.3, 3.0, 0.0])
+def test_values_and_slopes_of_both_terms_where_the_velocity_is_constant(gap):
+    """Jumps of any length then leave R = F - v. The slope of a distance is 2 mean(r) / sqrt(mean(r^2) / c^2 + 1) / c."""
+    rows, velocity, c = 16, 0.4, 1e-3
+    place, length = torch.rand(2, rows, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    denoiser = denoiser_with(Constant(velocity, gap))
+    x = LAW.sample(torch.randn(rows, 2, 1, 1, generator=torch.Generator().manual_seed(1), dtype=torch.float64))
+    batch, ctx = batch_of(rows, 2, x), context(denoiser, rows, {"t": place, "jump": length})
+    terms = method(guidance_strength=0.0).student_loss(batch, ctx)
+    only = method(guidance_strength=0.0, adversarial_weight=0.0).student_loss(batch, ctx)
+    assert set(terms) == {"average_velocity", "adversarial"}
+    assert only == {"average_velocity": terms["average_velocity"]}
+
+    eps, z = (ctx.random.normal(site, (2, 1, 1)).double().flatten(1) for site in ("eps", "fake/z"))
+    whole, near, _, fake = torch.arange(rows) % 4 == torch.arange(4)[:, None]
+    r = (velocity - (eps - x.flatten(1))).clamp(-1, 1)
+    r[fake] = (velocity + gap - (eps - (z - velocity)))[fake]
+    moved = torch.where(whole, 1, place * torch.where(near, 0.05 * length, length))
+    weight = torch.where(fake, 1, (math.pi * (1 - moved) / 2.5).tan() + 1)
+    clipped = f64([[max(-1.0, min(1.0, gap))]])
+    for name, factor, wrong in (("average_velocity", weight, r), ("adversarial", 0.5, clipped)):
+        square = wrong.square().mean(1)
+        shrunk = factor * (square / c**2 + 1).rsqrt() / c
+        (slope,) = torch.autograd.grad(terms[name], denoiser.roles.parameters("student"), retain_graph=True)
+        torch.testing.assert_close(terms[name], (shrunk * square).mean(), rtol=1e-9, atol=0)
+        torch.testing.assert_close(slope, (shrunk * 2 * wrong.mean(1)).mean(), rtol=1e-9, atol=0)
 
 
 def test_guidance_adds_what_the_prompt_changes():
