@@ -29,8 +29,8 @@ _ADVERSARY = Adversary("fake_score", blocks="middle")
 class ScoreIdentityConfig(ScoreGapConfig):
     """Times are those of SiD on text-to-image (arXiv 2406.01561), the rest those of SiD and SiDA (arXiv 2410.14919).
 
-    Optimizer settings are a run's, and the recipes have the papers': Adam's betas (0, 0.999) and, since these losses are
-    sums, no clipping of gradients' norm that would bite (`max_grad_norm` 1e5 and more).
+    Optimizer settings are a run's, and the recipes have the papers': Adam's betas (0, 0.999) and, since these losses
+    are sums, no clipping of gradients' norm that would bite (`max_grad_norm` 1e5 and more).
 
     Args:
         guidance_scale: w of the teacher's score and, with `guided` both, of the fake score; 1 means none.

@@ -82,10 +82,11 @@ class APEXConfig:
 class APEX(Method):
     r"""Average velocities of the data, and a gap between two velocities of the same network as the adversary.
 
-    In flow coordinates (share a, see `_flow_map`); F(x, t, s) is the student's velocity told the end s of its jump and
-    a flag, v = eps - x0. A batch falls into four groups: end to end (last noise level to clean), short jumps, any jumps, and
-    fakes (noised one-step samples, flagged, s = t). v of the first three has guidance_strength (F(x, t, t; prompt) -
-    F(x, t, t; none)) added. With R = [(a_t - a_s) F - integral of F from x_t - d v to s] / d - v (which is F + (a_t - a_s) dF/da - v for small d),
+    In flow coordinates (share a, see `_flow_map`); F(x, t, s) is the student's velocity told the end s of its jump
+    and a flag, v = eps - x0. A batch falls into four groups: end to end (last noise level to clean), short jumps, any
+    jumps, and fakes (noised one-step samples, flagged, s = t). v of the first three has guidance_strength (F(x, t, t;
+    prompt) - F(x, t, t; none)) added. With R = [(a_t - a_s) F - integral of F from x_t - d v to s] / d - v (which is
+    F + (a_t - a_s) dF/da - v for small d),
 
         L = barron(F, sg[F - clip(R, 1)]) for the first three (R = F - v where the jump is shorter than d),
             barron(F, sg[v of the fakes]) for the fourth, the first three times tan(0.4 pi (1 - (a_t - a_s))) + 1,

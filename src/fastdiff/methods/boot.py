@@ -12,7 +12,7 @@ from torch import Tensor
 from fastdiff.diffusion.grids import lcm_grid
 from fastdiff.diffusion.losses import mse
 from fastdiff.diffusion.prediction import Prediction
-from fastdiff.diffusion.schedules import LAST_INDEX, Terminal
+from fastdiff.diffusion.schedules import LAST_INDEX, NoiseSchedule, Terminal
 from fastdiff.diffusion.tensors import DeviceTable
 from fastdiff.methods._flow_map import EndTold, end_input
 from fastdiff.methods.base import (
@@ -52,8 +52,9 @@ class BOOT(EndTold):
     r"""Predicts every point of the signal's trajectory from the noise alone, each from the one before it.
 
     The signal y_t = (x_t - sigma_t z) / alpha_t of the trajectory x_t that begins at noise z goes from the teacher's
-    first clean prediction to the sample. The student y(z, t) is the x0 that its network predicts at (z, T), told t. With s the
-    grid's next cleaner point, x_t = alpha_t y(z, t) + sigma_t z and r = (sigma_s / alpha_s) / (sigma_t / alpha_t),
+    first clean prediction to the sample. The student y(z, t) is the x0 that its network predicts at (z, T), told t.
+    With s the grid's next cleaner point, x_t = alpha_t y(z, t) + sigma_t z and r = (sigma_s / alpha_s) / (sigma_t /
+    alpha_t),
 
         L = |y(z, s) - sg[r y(z, t) + (1 - r) x0_teacher(x_t, t)]|^2 / step^2
             + boundary_weight |y(z, T) - x0_teacher(z, T)|^2,        step = 1 / num_ddim_timesteps.
@@ -123,13 +124,13 @@ class BOOT(EndTold):
         return ctx.denoiser(x_t, t, batch.cond, TEACHER, batch.null, self.config.guidance_scale)
 
 
-def noisy(y, z, t, schedule) -> Tensor:
+def noisy(y: Tensor, z: Tensor, t: Tensor, schedule: NoiseSchedule) -> Tensor:
     """The trajectory's own point."""
     alpha, sigma = schedule.levels(t, y)
     return alpha * y + sigma * z
 
 
-def mixed(y, clean, t, s, schedule) -> Tensor:
+def mixed(y: Tensor, clean: Tensor, t: Tensor, s: Tensor, schedule: NoiseSchedule) -> Tensor:
     """r y + (1 - r) clean; finite where there is no signal at `t`, which is where r is 0."""
     (alpha_t, sigma_t), (alpha_s, sigma_s) = schedule.levels(t, y), schedule.levels(s, y)
     ratio = sigma_s * alpha_t / (alpha_s * sigma_t)

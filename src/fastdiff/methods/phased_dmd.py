@@ -101,16 +101,16 @@ class PhasedDMD(RatioWeighted):
         L_student: d/dx_s = r (score_fake - score_real^w)(x_t)                              (`gradient_on: x_s`),
                    d/dx0  = (D_fake - D_real^w)(x_t) / mean|x0 - D_real^w(x_t)|             (`gradient_on: x0`),
 
-    x0 being the student's clean prediction in its last call: x_s moves with it by a positive factor,
-    alpha_s - sigma_s alpha / sigma at that call's levels, so that both forms pull the same way. Everything but the
-    student's last call is detached. The rollout runs deterministically (DDIM, Euler's step of a flow) through the
-    frozen experts of earlier phases and then through the student to a random time of the phase, from which it jumps to
-    s in one step (stochastic gradient truncation). The fake score is fitted to that same law, the one it is compared
-    under, where the paper's listing fits it to whole rollouts. With a single phase of one step and `critic_weight: none`
-    this is DMD2 without GAN.
+    x0 being the student's clean prediction in its last call: x_s moves with it by a positive factor, alpha_s -
+    sigma_s alpha / sigma at that call's levels, so that both forms pull the same way. Everything but the student's
+    last call is detached. The rollout runs deterministically (DDIM, Euler's step of a flow) through the frozen
+    experts of earlier phases and then through the student to a random time of the phase, from which it jumps to s in
+    one step (stochastic gradient truncation). The fake score is fitted to that same law, the one it is compared
+    under, where the paper's listing fits it to whole rollouts. With a single phase of one step and `critic_weight:
+    none` this is DMD2 without GAN.
 
-    With `gan_weight` heads tell x_t from noised images, t above s, and L_student gains gan_weight softplus(-l(x_t)); with
-    another `divergence` the gap is weighted by h(exp(l)) / mean h.
+    With `gan_weight` heads tell x_t from noised images, t above s, and L_student gains gan_weight softplus(-l(x_t));
+    with another `divergence` the gap is weighted by h(exp(l)) / mean h.
 
     One run trains one phase: in a recipe with stages each is a stage with `init_from` the one before. Student and fake
     score of every phase start as the teacher. Experts are adapters of one base; full networks work in training and

@@ -19,9 +19,9 @@ class RCMConfig(ScoreGapConfig):
     """Defaults are those of the released text-to-video run, but for what depends on the size of latents and on sums.
 
     There the consistency term weighs 100 / sqrt(D) times the score term in the student's output, D numbers a sample;
-    with `tangent_norm` rms and means it weighs twice the score term at any size. `consistency_weight` 50 / sqrt(D) is the
-    released balance: 0.39 for SD1.5's latents, 0.2 for SDXL's. The times of the score term and of the fake score are
-    DMD2's.
+    with `tangent_norm` rms and means it weighs twice the score term at any size. `consistency_weight` 50 / sqrt(D) is
+    the released balance: 0.39 for SD1.5's latents, 0.2 for SDXL's. The times of the score term and of the fake score
+    are DMD2's.
 
     Args:
         guidance_scale: w of the teacher in both terms.

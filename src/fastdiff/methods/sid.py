@@ -56,9 +56,9 @@ class SiD(ScoreIdentity):
     sums over the elements of all B samples. The networks' weights get no gradient from L_student, their inputs do.
     Without the normaliser and times 2 a^2 / s^4 (levels a, s of the time), the gradient at alpha = 1/2 is that of
     E|s_fake - s_real|^2, at alpha = 1 the same with the law of x_t held fixed, and it is affine in alpha. Any other
-    distance rho takes L_student = loss_scale / B sum rho'(d) . (D_fake(x_t) - x), whose gradient is that of E rho(d) with
-    the law held fixed likewise: rho'(d) = d / sqrt(|d|^2 + n c^2) for `pseudo_huber` and samples of n numbers, which
-    normalises itself, and the signs of d for `l1`.
+    distance rho takes L_student = loss_scale / B sum rho'(d) . (D_fake(x_t) - x), whose gradient is that of E rho(d)
+    with the law held fixed likewise: rho'(d) = d / sqrt(|d|^2 + n c^2) for `pseudo_huber` and samples of n numbers,
+    which normalises itself, and the signs of d for `l1`.
 
     With a GAN (SiDA), l the logits on the fake score's middle activation,
 

@@ -59,10 +59,10 @@ class UniInstruct(ScoreIdentity):
 
     weighted, scaled and reduced as in SiD (H, H', H'' detached; d and u through the inputs of both networks). Without
     the normaliser and times a^2 / s^4 its expected gradient is that of E_q[h(r) |s_p - s_q|^2] at every time. Reverse
-    KL is SiD at alpha = 1/2, twice. The integral is a divergence under the diffusion's own weights over times; under SiD's,
-    an h that vanishes with r (fkl, js, Hellinger) can reward samples that the discriminator is sure to tell from images.
-    On two rings of modes the exact mode of js left them for good, that of fkl was no gain at one seed of three, and
-    that of soft_rkl converged.
+    KL is SiD at alpha = 1/2, twice. The integral is a divergence under the diffusion's own weights over times; under
+    SiD's, an h that vanishes with r (fkl, js, Hellinger) can reward samples that the discriminator is sure to tell
+    from images. On two rings of modes the exact mode of js left them for good, that of fkl was no gain at one seed of
+    three, and that of soft_rkl converged.
 
     `official` is what the released code computes, c u with c = 1 (rkl, SiD at alpha = 1), r (fkl) or 0.4 r + 0.6
     (jeffreys). Its fixed point is the same, its direction is not: between Gaussians that of fkl can have the wrong
