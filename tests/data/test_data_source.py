@@ -167,6 +167,16 @@ def test_a_cache_must_hold_the_fields_that_are_needed(tmp_path):
         open_training_data(latents, "images", teacher="other")
 
 
+def test_a_cache_of_another_size_is_refused_where_its_tensors_know_it(tmp_path):
+    latents = _cache(tmp_path / "latents", "latents", "prompt_embeds")
+    sized = _cache(tmp_path / "sized", "prompt_embeds", "time_ids")
+    for path, needs in ((latents, "images"), (sized, "prompts")):
+        assert len(open_training_data(path, needs, resolution=32)) == 5
+        with pytest.raises(CacheMismatchError, match=r"made at 32 px.*--resolution 32.*--resolution 64"):
+            open_training_data(path, needs, resolution=64)
+    assert len(open_training_data(latents, "prompts", resolution=64)) == 5  # texts have no size
+
+
 def test_the_captions_of_images_serve_as_prompts_without_decoding(tmp_path):
     folder = write_folder(tmp_path / "f", [b"junk"] * 5)
     data = open_training_data(folder, "prompts")

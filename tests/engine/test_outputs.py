@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+from pathlib import Path
 
 import pytest
 import torch
@@ -37,7 +39,7 @@ def test_the_start_proves_checkpoint_preview_and_export(make_trainer):
     trainer = make_trainer(hooks=hooks, max_train_steps=1)
     trainer.train()
     assert seen[:2] == [("export", "untrained", 0), ("preview", "step-0", 0)]
-    assert (trainer.folder / "checkpoints" / "untrained" / "state.json").is_file()
+    assert not (trainer.folder / "checkpoints" / "untrained").exists()  # proven, and no longer needed
 
 
 def test_a_failing_export_ends_the_run_before_it_begins(make_trainer):
@@ -113,6 +115,31 @@ def test_folders_are_whole_or_absent(tmp_path):
     with whole_folder(target) as aside:
         (aside / "whole").write_text("x")
     assert [path.name for path in tmp_path.iterdir()] == ["step-1"]
+
+
+def test_a_folder_that_is_replaced_is_never_lost(tmp_path, monkeypatch):
+    """Killed between its two renames, the old folder is back with the next one that is written, whatever becomes of it."""
+    target, rename = tmp_path / "best", os.replace
+    with whole_folder(target) as aside:
+        (aside / "old").write_text("x")
+
+    def killed(source, destination):
+        if Path(destination) == target:
+            raise KeyboardInterrupt
+        rename(source, destination)
+
+    monkeypatch.setattr(os, "replace", killed)
+    with pytest.raises(KeyboardInterrupt), whole_folder(target) as aside:
+        (aside / "new").write_text("x")
+    monkeypatch.undo()
+    assert not target.exists()
+    with pytest.raises(RuntimeError), whole_folder(target):
+        raise RuntimeError
+    assert (target / "old").is_file()
+    with whole_folder(target) as aside:
+        (aside / "new").write_text("x")
+    assert [path.name for path in target.iterdir()] == ["new"]
+    assert [path.name for path in tmp_path.iterdir()] == ["best"]
 
 
 def test_an_output_folder_that_is_a_file_is_refused(tmp_path):

@@ -176,3 +176,30 @@ def test_ten_kills_lose_at_most_the_steps_since_the_last_checkpoint(tmp_path):
 
 def _lines(path: Path) -> int:
     return len(path.read_text().splitlines()) if path.exists() else 0
+
+
+def test_a_run_that_stops_where_it_validates_has_the_same_best(make_trainer, tmp_path):
+    """A checkpoint is written before its step is validated; the second score is the best, the third is not."""
+
+    def validate(trainer):
+        return {2: 3.0, 4: 1.0, 6: 2.0}[trainer.step]
+
+    options = {"max_train_steps": 6, "checkpointing_steps": 2, "validation_steps": 2, "hooks": {"validate": validate}}
+    straight = make_trainer(output_dir=str(tmp_path / "straight"), **options)
+    straight.train()
+    for stop in (2, 4):
+        folder = str(tmp_path / f"stopped-{stop}")
+        run = make_trainer(output_dir=folder, **options)
+        step = run.train_step
+
+        def step_then_signal(batches, run=run, step=step, stop=stop):
+            step(batches)
+            if run.step == stop:
+                os.kill(os.getpid(), signal.SIGTERM)
+
+        run.train_step = step_then_signal
+        assert run.train() == "SIGTERM"
+        resumed = make_trainer(output_dir=folder, resume_from_checkpoint="latest", **options)
+        assert resumed.train() == "done" and resumed.best == straight.best == 1.0
+        best = resumed.checkpoints.read_state(resumed.checkpoints.folder / "best")
+        assert best["step"] == 4 and best["best"] == 1.0

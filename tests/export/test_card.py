@@ -96,6 +96,9 @@ def test_licence_is_inherited(tmp_path, tiny_sd_folder, monkeypatch):
         "---\nlicense: other\nlicense_name: own\nlicense_link: https://x.y/l\n---\n\nHi\n"
     )
     found = teacher_license(tmp_path)
+    (tmp_path / "half").mkdir()
+    (tmp_path / "half" / "README.md").write_text("---\nlicense: other\n---\n\nHi\n")
+    assert teacher_license(tmp_path / "half") is None  # without a name and a link it says nothing
     assert found == License("other", "own", "https://x.y/l")
     (tmp_path / "teacher").mkdir()
     (tmp_path / "README.md").rename(tmp_path / "teacher" / "README.md")

@@ -146,3 +146,10 @@ def test_damage_is_named(two, tmp_path):
         path.write_text(content)
         with pytest.raises(error, match=named):
             load_experts(None, tmp_path)
+
+
+@pytest.mark.parametrize("name", ["../elsewhere.safetensors", "/etc/weights.safetensors", "weights.bin"])
+def test_names_that_lead_out_or_are_no_safetensors_are_refused(tmp_path, name):
+    (tmp_path / "experts.json").write_text(json.dumps({"experts": [{"weights": name, "above": 0.0}]}))
+    with pytest.raises(ValueError, match=r"leads out of it|no safetensors"):
+        read_experts(tmp_path)

@@ -178,3 +178,36 @@ def test_an_impossible_sampler_leaves_nothing(trained_sd, tmp_path):
     with pytest.raises(ValueError, match="no stock LCM"):
         save_pipeline(student, tmp_path / "student")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_what_does_not_fit_beside_the_run_is_compared_on_the_cpu(trained_sd, tmp_path, monkeypatch):
+    """A device that is full stands for a GPU; there and between devices more is allowed."""
+    folder, placed = save_pipeline(trained_sd.student, tmp_path / "student"), []
+    probe = replace(trained_sd.probe(), made_on=torch.device("cuda"), device=torch.device("cuda"))
+    move = StableDiffusionPipeline.to
+
+    def to(self, device):
+        placed.append(torch.device(device).type)
+        if placed[-1] == "cuda":
+            raise torch.OutOfMemoryError("full")
+        return move(self, device)
+
+    monkeypatch.setattr(StableDiffusionPipeline, "to", to)
+    check = check_pipeline(folder, probe, trained_sd.sampler, trained_sd.family)
+    assert placed == ["cuda", "cpu", "cpu"] and check.tolerance == 1e-3 and check.sample_error < 1e-5
+    assert probe.allowed(1e-5, torch.device("cuda")) == 1e-4
+    assert probe.allowed(5e-2, torch.device("cpu")) == 5e-2
+    assert trained_sd.probe().allowed(1e-5, torch.device("cpu")) == 1e-5
+
+
+def test_answers_are_made_and_compared_without_tf32(trained_sd, monkeypatch):
+    seen, call = [], trained_sd.denoiser.__class__.__call__
+
+    def note(self, *args, **kwargs):
+        seen.append((torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32))
+        return call(self, *args, **kwargs)
+
+    monkeypatch.setattr(trained_sd.denoiser.__class__, "__call__", note)
+    before = torch.backends.cudnn.allow_tf32
+    trained_sd.probe()
+    assert set(seen) == {(False, False)} and torch.backends.cudnn.allow_tf32 == before

@@ -153,7 +153,7 @@ def test_meanflows_identity_at_the_clean_end_is_scms_tangent():
     x, eps = torch.randn(2, 4, 2, 1, 1, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     t, batch = f64([0.1, 0.4, 0.7, 0.95]), batch_of(4, 2)
     x_t, ctx = schedule.add_noise(PLANE.sample(x), eps, t), context(denoiser, 4)
-    g = tangent(denoiser(x_t, t, batch.cond, "teacher"), batch, ctx, Tangents(), share=1.0)
+    g = tangent(denoiser(x_t, t, batch.cond, "teacher"), batch, ctx, Tangents(), r=1.0)
     u, target, _ = MeanFlow(MeanFlowConfig()).sides(x_t, t, torch.zeros_like(t), batch, ctx)
     rate = ((1 - t) * ((1 - t) ** 2 + t**2).sqrt())[:, None, None, None]
     assert g.flatten(1).norm(dim=1).min() > 1e-3

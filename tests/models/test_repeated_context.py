@@ -71,3 +71,9 @@ def test_other_numbers_of_rows_are_refused(pipeline):
     given["encoder_hidden_states"] = given["encoder_hidden_states"][:, :-1]
     with pytest.raises(ValueError, match="equal ones"):
         teacher.network(**given)
+
+
+def test_a_pipeline_may_be_prepared_again(pipeline):
+    first = Teacher(pipeline).network(**inputs(pipeline))[0]
+    again = Teacher(pipeline).network(**inputs(pipeline))[0]
+    assert torch.equal(first, again)

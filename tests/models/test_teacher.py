@@ -72,6 +72,23 @@ def test_a_folder_with_pickled_weights_only(tiny_sd_folder, tmp_path):
         Teacher.from_pretrained(folder)
 
 
+def test_a_teacher_is_loaded_again_as_it_was(tiny_sd, tmp_path):
+    folder = tmp_path / "half"
+    tiny_sd.save_pretrained(folder, variant="fp16")
+    teacher = Teacher.from_pretrained(folder, variant="fp16")
+    again = teacher.reloaded()
+    assert again.identity() == teacher.identity()
+    assert again.identity()["variant"] == "fp16"
+    torch.testing.assert_close(again.network.state_dict(), teacher.network.state_dict(), rtol=0, atol=0)
+
+
+def test_another_autoencoder_is_the_codecs_too(tiny_sd):
+    teacher = Teacher(tiny_sd)
+    other = copy.deepcopy(tiny_sd.vae)
+    teacher.replace_autoencoder(other)
+    assert teacher.pipeline.vae is other and teacher.codec.autoencoder is other
+
+
 def test_an_unsupported_pipeline_class(tiny_sd_folder, tmp_path):
     folder = tmp_path / "other"
     shutil.copytree(tiny_sd_folder, folder)

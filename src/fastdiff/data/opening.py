@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Literal
 
 from fastdiff.data.cache import CacheReader
-from fastdiff.data.cache_index import INDEX, is_cache
+from fastdiff.data.cache_index import INDEX, CacheMismatchError, is_cache
 from fastdiff.data.image_datasets import DatasetsImages
 from fastdiff.data.image_folder import METADATA, ImageFolder
 from fastdiff.data.image_parquet import ParquetImages, is_image_type, open_parquet
@@ -85,6 +85,7 @@ def open_training_data(
     max_rejected: float = 0.05,
     seed: int = 0,
     teacher: str | None = None,
+    resolution: int | None = None,
     verify: bool = True,
 ) -> TrainingData:
     """Opens `path` as what the method needs.
@@ -97,12 +98,13 @@ def open_training_data(
         image_column, caption_column, max_rejected: as in the image sources and `read_prompts`.
         seed: of random crops and flips.
         teacher, verify: as in `CacheReader`.
+        resolution: image side that a cache must have been made at, where its tensors depend on it; None takes any.
 
     Raises UnsuitableDataError when the data lacks what is needed, and what the sources raise.
     """
     kind = recognise(path)
     if kind is DataKind.CACHE:
-        return _cached(CacheReader(path, teacher, verify), needs)
+        return _cached(CacheReader(path, teacher, verify), needs, resolution)
     if needs == "pairs":
         raise UnsuitableDataError(
             f"this method needs pairs of noise and sample, but {path} holds a {kind}: make pairs from prompts with "
@@ -127,7 +129,7 @@ def _image_kinds(column: str) -> str:
     return f"a folder with {METADATA}, a parquet file with a column {column!r}, .tar shards or a datasets folder"
 
 
-def _cached(reader: CacheReader, needs: Needs) -> CachedData:
+def _cached(reader: CacheReader, needs: Needs, resolution: int | None) -> CachedData:
     verb = "pairs" if needs == "pairs" else "cache"
     required = {"prompts": (), "images": ("latents",), "pairs": PAIR_FIELDS}[needs]
     missing = [name for name in required if name not in reader.fields]
@@ -135,6 +137,13 @@ def _cached(reader: CacheReader, needs: Needs) -> CachedData:
         raise UnsuitableDataError(
             f"this method needs {needs}, but the cache {reader.folder} lacks {', '.join(missing)} (it holds "
             f"{', '.join(reader.fields)}): make a cache of {needs} with `fastdiff {verb}`"
+        )
+    sized = [name for name in (*required, "time_ids") if name in reader.fields]
+    if resolution not in (None, reader.meta.resolution) and sized:
+        raise CacheMismatchError(
+            f"the cache {reader.folder} was made at {reader.meta.resolution} px, which its {', '.join(sized)} hold, and "
+            f"this run is at {resolution} px: give --resolution {reader.meta.resolution}, or make it again with `fastdiff "
+            f"{verb} --resolution {resolution}`"
         )
     return CachedData(reader)
 

@@ -97,7 +97,7 @@ def _encoded(teacher: Teacher, group: list[_Item], resolution: int, seed: int) -
     """The tensors of each item, without batch dimension."""
     fields = dict(teacher.encode([item.caption for item in group], resolution).tensors)
     if group[0].image is not None:
-        device = next(teacher.network.parameters()).device
+        device = next(teacher.pipeline.vae.parameters()).device
         images = torch.stack([item.image for item in group]).to(device)
         random = Randomness(seed, 0, torch.tensor([item.position for item in group], device=device))
         fields["latents"] = teacher.encode_images(

@@ -66,6 +66,10 @@ class Checkpoints:
         self._drop_old()
         return target
 
+    def remove(self, name: str) -> None:
+        """Deletes `folder/name`."""
+        shutil.rmtree(self.folder / name)
+
     def load(self, run: Checkpointable, folder: Path) -> None:
         """Restores a run.
 

@@ -16,7 +16,9 @@ from fastdiff.data.files import write_aside
 @contextlib.contextmanager
 def whole_folder(target: Path) -> Iterator[Path]:
     """Yields a folder to fill; it takes the place of `target` only once it is complete and on disk."""
-    aside = target.with_name(f".{target.name}.partial")
+    aside, old = (target.with_name(f".{target.name}.{kind}") for kind in ("partial", "old"))
+    if old.exists() and not target.exists():  # killed between the two renames below
+        os.replace(old, target)
     shutil.rmtree(aside, ignore_errors=True)
     aside.mkdir(parents=True)
     try:
@@ -27,10 +29,12 @@ def whole_folder(target: Path) -> Iterator[Path]:
     for path in aside.rglob("*"):
         if path.is_file():
             _sync(path)
+    shutil.rmtree(old, ignore_errors=True)
     if target.exists():
-        shutil.rmtree(target)
+        os.replace(target, old)
     os.replace(aside, target)
     _sync(target.parent)
+    shutil.rmtree(old, ignore_errors=True)
 
 
 def write_json(path: Path, value: Any) -> None:

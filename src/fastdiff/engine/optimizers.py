@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -56,7 +55,7 @@ class GroupOptimizer:
     @property
     def state_bytes(self) -> int:
         """What the optimizer keeps between steps, once it has stepped."""
-        if "8bit" in type(self.optimizer).__name__ or isinstance(self.optimizer, LowPrecisionAdamW):
+        if isinstance(self.optimizer, LowPrecisionAdamW):
             return 2 * sum(parameter.numel() for parameter in self.parameters)
         return 2 * sum(parameter.numel() * parameter.element_size() for parameter in self.parameters)
 
@@ -169,9 +168,6 @@ def _adam(
     low = in_backward or any(parameter.dtype == torch.bfloat16 for parameter in parameters)
     if not low and not settings.use_8bit_adam:
         return torch.optim.AdamW(parameters, fused=True, **options)
-    # bitsandbytes' kernels are faster, but round bfloat16 weights to nearest, which loses small updates.
-    if not low and importlib.util.find_spec("bitsandbytes"):
-        import bitsandbytes
-
-        return bitsandbytes.optim.AdamW8bit(parameters, **options)
+    # Not bitsandbytes' 8-bit Adam: it rounds bfloat16 weights to nearest, which loses small updates, steps on gradients
+    # that are not finite, and keeps its state in a form that safetensors does not hold.
     return LowPrecisionAdamW(parameters, seed=settings.seed, name=name, **options)

@@ -62,16 +62,16 @@ class Previews:
         cond = trainer.teacher.encode(self.prompts, trainer.batches.resolution).to(trainer.device)
         if self._teacher_row is None:
             spec = SamplerSpec.trailing("ddim", self.teacher_steps, trainer.networks.denoiser.schedule.indices - 1)
-            self._teacher_row = _decoded(trainer, sample_role(trainer, cond, spec, "teacher"))
+            self._teacher_row = decoded(trainer, sample_role(trainer, cond, spec, "teacher"))
         with trainer.student.evaluated():
             latents = sample_role(trainer, cond, trainer.method.sampler())
-        rows = [self._teacher_row, _decoded(trainer, latents)]
+        rows = [self._teacher_row, decoded(trainer, latents)]
         if trainer.is_main:
             write_grid(trainer.folder / "previews" / f"{label}.png", rows)
 
 
 @torch.no_grad()
-def _decoded(trainer: Trainer, latents: Tensor) -> Tensor:
+def decoded(trainer: Trainer, latents: Tensor) -> Tensor:
     """Images, one at a time: a decoder at 1024 pixels needs gigabytes for each, which would be the peak of the run."""
     return torch.cat([trainer.teacher.decode(latent[None]) for latent in latents])
 

@@ -62,7 +62,7 @@ class Settings:
     adam_beta2: float = setting(0.999, "Adam beta 2")
     adam_weight_decay: float = setting(1e-2, "decoupled weight decay")
     adam_epsilon: float = setting(1e-8, "Adam epsilon")
-    use_8bit_adam: bool = setting(False, "optimizer states in 8 bits (by bitsandbytes where it is installed)")
+    use_8bit_adam: bool = setting(False, "optimizer states in 8 bits")
     max_grad_norm: float = setting(10.0, "gradient clipping norm of each group")
     ema_decay: float | None = setting(None, "decay of the evaluated average of the student; none if not given")
 
@@ -81,7 +81,7 @@ class Settings:
         "none",
         "cut full networks and the frozen base over all processes, or (hybrid) over those of a node; adapters stay whole",
     )
-    allow_tf32: bool = setting(False, "TF32 matrix products on Ampere and newer")
+    allow_tf32: bool = setting(False, "TF32 matrix products and convolutions on Ampere and newer")
 
     checkpointing_steps: int = setting(500, "steps between checkpoints")
     checkpoints_total_limit: int | None = setting(2, "how many checkpoints are kept besides the best one")

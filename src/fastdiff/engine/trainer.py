@@ -73,7 +73,7 @@ class Trainer:
         self.device = self.accelerator.device
         self.folder = writable_folder(Path(settings.output_dir))
         self.on_preview, self.on_start, self.validate = on_preview, on_start, validate
-        torch.backends.cuda.matmul.allow_tf32 = settings.allow_tf32
+        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = settings.allow_tf32
         warn_if_alone(self.accelerator.num_processes)
         self.scorer = (scorer or open_scorer(settings.scorer, self.device)) if method.needs_scorer() else None
         self.identity = teacher.identity()
@@ -130,6 +130,8 @@ class Trainer:
         last = self.settings.max_train_steps
         bar = tqdm(total=last, initial=self.step, disable=not self.is_main, desc=self.method.info.name, unit="step")
         saved = self.step
+        if self.step and self._validates():  # a checkpoint is written before its step is validated, so it cannot know
+            self._validate(tracker)
         for batches in self.batches.steps(self.step):
             began = time.perf_counter()
             self.train_step(batches)
@@ -137,15 +139,16 @@ class Trainer:
             bar.update()
             if self.step % self.settings.log_every == 0 or self.step == last:
                 self._read_metrics(tracker, bar)
-            stop = self._any_process(interrupts.requested is not None)
-            if self.step % self.settings.checkpointing_steps == 0 or self.step == last or stop:
+            due = self.step % self.settings.checkpointing_steps == 0 or self.step == last
+            stop = self._any_process(interrupts.requested is not None, due)
+            if due or stop:
                 self._read_metrics(tracker, bar)
                 self.save()
                 saved = self.step
             if stop:
                 bar.close()
-                return interrupts.requested or "stopped by another process"
-            if self.step % self.settings.validation_steps == 0 or self.step == last:
+                return interrupts.requested or "another process"
+            if self._validates():
                 self._validate(tracker)
         bar.close()
         if saved != self.step:
@@ -223,6 +226,9 @@ class Trainer:
         """Everything the end of the run will need is done once with the untrained student."""
         self.save("untrained")
         self.checkpoints.load(self, self.checkpoints.folder / "untrained")
+        self.accelerator.wait_for_everyone()
+        if self.is_main:
+            self.checkpoints.remove("untrained")
         if self.on_start:
             self.on_start(self, "untrained")
         if self.on_preview:
@@ -249,9 +255,15 @@ class Trainer:
         tracker.log(values | rates, self.step)
         bar.set_postfix({name.split("/", 1)[1]: f"{value:.3g}" for name, value in values.items() if "loss/" in name})
 
-    def _any_process(self, flag: bool) -> bool:
+    def _validates(self) -> bool:
+        return self.step % self.settings.validation_steps == 0 or self.step == self.settings.max_train_steps
+
+    def _any_process(self, flag: bool, due: bool) -> bool:
+        """Whether any process wants to stop; several ask each other, which waits for the device, every `log_every`."""
         if self.accelerator.num_processes == 1:
             return flag
+        if not (due or self.step % self.settings.log_every == 0):
+            return False
         return bool(global_mean(torch.tensor(float(flag), device=self.device)).item())
 
     # Checkpointing

@@ -99,7 +99,9 @@ def export_student(
     folder = Path(folder)
     check_replaceable(folder)
     if not (options.pipeline or student.adapters):
-        raise ValueError("a student of full weights has no LoRA form: leave options.pipeline on.")
+        raise ValueError(
+            "a student of full weights has no LoRA form: export the whole pipeline (fastdiff export --format pipeline)."
+        )
     if options.pipeline and experts is not None:
         raise ValueError("a student of several adapters has no whole pipeline: switch options.pipeline off.")
     if not (options.pipeline or student.family.loads_lora):

@@ -42,7 +42,7 @@ class License:
 
 
 def teacher_license(source: str | Path, revision: str | None = None, token: str | None = None) -> License | None:
-    """The licence in the teacher's own model card; None when there is no card, or no licence in it.
+    """The licence in the teacher's own model card; None when there is no card, or no whole licence in it.
 
     Args:
         source: a pipeline folder (its README.md is read), the name of a shipped teacher, or a Hub id (its card, from
@@ -63,7 +63,14 @@ def teacher_license(source: str | Path, revision: str | None = None, token: str 
         except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OfflineModeIsEnabled, OSError):
             return None
     data = ModelCard.load(path, ignore_metadata_errors=True).data
-    return License(data.license, data.license_name, data.license_link) if data.license else None
+    link = data.license_link
+    if (
+        link and "://" not in link and not folder.exists()
+    ):  # a file beside the teacher's card, not beside the student's
+        link = f"https://huggingface.co/{source}/blob/{revision or 'main'}/{link}"
+    if not data.license or (data.license == "other" and not (data.license_name and link)):
+        return None
+    return License(data.license, data.license_name, link)
 
 
 def write_card(

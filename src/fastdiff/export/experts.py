@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from fastdiff.data.images import check_member_name
 from fastdiff.diffusion.prediction import Prediction
 from fastdiff.diffusion.schedules import NoiseSchedule
 from fastdiff.engine.files import write_json
@@ -115,6 +116,8 @@ def read_experts(folder: str | Path) -> list[dict[str, Any]]:
         experts = json.loads(path.read_text(encoding="utf-8"))["experts"]
         missing = [expert["weights"] for expert in experts if not (path.parent / expert["weights"]).is_file()]
         bounds = [float(expert["above"]) for expert in experts]
+        for expert in experts:
+            _check_weights(expert["weights"], path)
     except (json.JSONDecodeError, KeyError, TypeError, ValueError) as error:
         raise ValueError(f"{path} cannot be read ({error}): export the student again") from error
     if missing:
@@ -122,6 +125,12 @@ def read_experts(folder: str | Path) -> list[dict[str, Any]]:
     if not bounds or bounds != sorted(set(bounds), reverse=True):
         raise ValueError(f"{path} lists intervals from {bounds}, which must fall: export the student again")
     return experts
+
+
+def _check_weights(name: str, where: Path) -> None:
+    check_member_name(name, str(where))
+    if not name.endswith(".safetensors"):
+        raise ValueError(f"{where} names {name!r}, which is no safetensors file: nothing else is read")
 
 
 class _Switch:

@@ -18,10 +18,13 @@ def merge_repeated_context(transformer: nn.Module, tokens: int, copies: int) -> 
     """Makes an `SD3Transformer2DModel` compute the last `copies` of its context rows once.
 
     Args:
-        transformer: changed in place; its weights are not.
+        transformer: changed in place; its weights are not. One that is changed already stays as it is.
         tokens: rows before them.
         copies: rows that the caller knows to be equal, as in a pipeline whose `text_encoder_3` is None.
     """
+
+    if all(isinstance(block.attn.processor, AttentionToCopies) for block in transformer.transformer_blocks):
+        return
 
     def merge(_module: nn.Module, args: tuple, inputs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
         context = inputs["encoder_hidden_states"]

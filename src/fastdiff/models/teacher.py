@@ -58,6 +58,7 @@ class Teacher:
         pipeline: a diffusers text-to-image pipeline of a supported family.
         source: where it came from; a folder, a Hub id, `embedded` or `embedded-flow`.
         revision: the Hub revision, if any.
+        variant, cache_dir, config: how it was loaded, for `reloaded`.
 
     Raises:
         ValueError: if the pipeline class or its scheduler is not supported.
@@ -65,10 +66,20 @@ class Teacher:
 
     adaptable = True
 
-    def __init__(self, pipeline: Any, source: str = "", revision: str | None = None) -> None:
+    def __init__(
+        self,
+        pipeline: Any,
+        source: str = "",
+        revision: str | None = None,
+        variant: str | None = None,
+        cache_dir: str | None = None,
+        config: str | None = None,
+    ) -> None:
         self.pipeline = pipeline
         self.source = source
         self.revision = revision
+        self.variant = variant
+        self._files = {"cache_dir": cache_dir, "config": config}
         self.family = family_of(type(pipeline).__name__)
         self.family.prepare(pipeline)
         self.network: nn.Module = getattr(pipeline, self.family.network_name).requires_grad_(False).eval()
@@ -119,7 +130,16 @@ class Teacher:
             target = str(path) if path.exists() else source
             pipeline = _load(target, revision, variant, cache_dir, config, dtype)
         pipeline.set_progress_bar_config(disable=True)
-        return cls(pipeline.to(device), source, revision)
+        return cls(pipeline.to(device), source, revision, variant, cache_dir, config)
+
+    def reloaded(self) -> Teacher:
+        """Itself as it was loaded, anew from where it came, on the CPU; for teachers that have a `source`."""
+        return Teacher.from_pretrained(self.source, revision=self.revision, variant=self.variant, **self._files)
+
+    def replace_autoencoder(self, autoencoder: nn.Module) -> None:
+        """Takes another autoencoder for the pipeline's own."""
+        self.pipeline.register_modules(vae=autoencoder)
+        self.codec = self.family.codec(autoencoder)
 
     def to(self, device: torch.device | str) -> Teacher:
         """Moves everything to a device, but for encoders that rest on the CPU."""
@@ -127,6 +147,12 @@ class Teacher:
             self.pipeline.to(device)
         else:
             self.network.to(device)
+        return self
+
+    def encoders_to(self, device: torch.device | str) -> Teacher:
+        """Moves what a cache needs and nothing else: text encoders and autoencoder."""
+        for part in (*self._text_encoders, self.pipeline.vae):
+            part.to(device)
         return self
 
     def offload_encoders(self) -> None:
@@ -217,12 +243,13 @@ class Teacher:
         return copy.deepcopy(self.network)
 
     def identity(self) -> dict[str, str | None]:
-        """What a checkpoint or cache stores to recognise this teacher again: source, revision, weights' fingerprint.
+        """What a checkpoint or cache stores to find and recognise this teacher again: where from, and a fingerprint.
 
         The fingerprint is taken when it is first asked for: a run may store the weights in fewer bits later.
         """
         self._fingerprint = self._fingerprint or fingerprint(self.network)
-        return {"source": self.source, "revision": self.revision, "fingerprint": self._fingerprint}
+        own = {"source": self.source, "revision": self.revision, "fingerprint": self._fingerprint}
+        return own | ({"variant": self.variant} if self.variant else {})
 
 
 def fingerprint(network: nn.Module) -> str:

@@ -38,8 +38,8 @@ def cache(
     kind = recognise(options.data)
     if kind is DataKind.CACHE:
         raise RecipeError(f"{options.data} is a cache already")
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    teacher = open_teacher(_picked(TeacherOptions, values), device)
+    teacher = open_teacher(_picked(TeacherOptions, values), "cpu")
+    teacher.encoders_to("cuda" if torch.cuda.is_available() else "cpu")
     resolution = resolution or teacher.default_resolution
     teacher.latent_shape(resolution)
     data = open_training_data(

@@ -18,7 +18,7 @@ from fastdiff import export
 from fastdiff.diffusion.prediction import Prediction
 from fastdiff.diffusion.schedules import NoiseSchedule
 from fastdiff.engine import Trainer
-from fastdiff.engine.previews import sample_role, write_grid
+from fastdiff.engine.previews import decoded, sample_role, write_grid
 from fastdiff.models.absent import absent_parts
 from fastdiff.models.conditioning import Conditioning
 from fastdiff.models.denoiser import Denoiser
@@ -35,6 +35,7 @@ logger = logging.getLogger(__name__)
 
 PROBE_PROMPTS = ("a photo", "a drawing of a house")
 """What the loaded student and the trainer's are compared on; any prompts do."""
+GRID_PROMPTS = 8
 
 
 def export_run(
@@ -165,7 +166,7 @@ def _times_and_ends(sampler: SamplerSpec, schedule: NoiseSchedule, device: torch
 def fresh_pipeline(teacher: Teacher, student: export.Student, scratch: Path) -> Any:
     """The teacher's pipeline anew: from where it came, or by way of a file if it was given as an object."""
     if teacher.source:
-        return Teacher.from_pretrained(teacher.source, revision=teacher.revision).pipeline
+        return teacher.reloaded().pipeline
     from diffusers import DiffusionPipeline
 
     base = dataclasses.replace(student, network=teacher.network, adapters={})
@@ -183,7 +184,7 @@ def _exact_base(trainer: Trainer) -> contextlib.AbstractContextManager:
             "quantize_base needs a teacher that can be loaded again for the export: give its folder or Hub id, not a "
             "pipeline object"
         )
-    exact = Teacher.from_pretrained(teacher.source, revision=teacher.revision).network
+    exact = teacher.reloaded().network
     return exact_weights(trainer.networks.roles.base, exact)
 
 
@@ -230,7 +231,7 @@ def _predict(trainer: Trainer, role: str = "student") -> export.Predict:
 
 def _options(trainer: Trainer, recipe: Recipe, pipeline: bool) -> export.ExportOptions:
     hub, teacher = recipe.build(HubOptions), trainer.teacher
-    license = export.License(hub.license) if hub.license else None
+    license = export.License(hub.license, hub.license_name, hub.license_link) if hub.license else None
     if license is None and teacher.source:
         license = export.teacher_license(teacher.source, teacher.revision, hub.hub_token)
     return export.ExportOptions(
@@ -245,8 +246,6 @@ def _options(trainer: Trainer, recipe: Recipe, pipeline: bool) -> export.ExportO
 def _with_samples(
     trainer: Trainer, options: export.ExportOptions, prompts: Sequence[str], scratch: Path
 ) -> export.ExportOptions:
-    cond = trainer.teacher.encode(list(prompts), trainer.batches.resolution).to(trainer.device)
-    with torch.no_grad():
-        images = trainer.teacher.decode(sample_role(trainer, cond, trainer.method.sampler()))
-    write_grid(scratch / "grid.png", [images])
+    cond = trainer.teacher.encode(list(prompts[:GRID_PROMPTS]), trainer.batches.resolution).to(trainer.device)
+    write_grid(scratch / "grid.png", [decoded(trainer, sample_role(trainer, cond, trainer.method.sampler()))])
     return dataclasses.replace(options, grid=scratch / "grid.png", prompt=prompts[0])

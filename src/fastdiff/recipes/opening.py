@@ -37,15 +37,25 @@ def open_teacher(options: TeacherOptions, device: torch.device | str, mixed_prec
         cache_dir=options.cache_dir,
         config=options.teacher_config,
     )
-    if options.pretrained_vae_model_name_or_path:
-        teacher = _with_autoencoder(teacher, options)
     return prepare(teacher, options, device, mixed_precision)
 
 
 def prepare(
     teacher: Teacher, options: TeacherOptions, device: torch.device | str, mixed_precision: str = "no"
 ) -> Teacher:
-    """Storage type, device and attention of the base, as the options say; cast first, so that a device holds no more."""
+    """Autoencoder, storage type, device and attention of a teacher, as the options say; a device gets what was cast.
+
+    Raises:
+        RecipeError: if the network is in half precision that cannot be trained, or is to be cast without a type to
+            cast to.
+    """
+    if options.pretrained_vae_model_name_or_path:
+        _replace_autoencoder(teacher, options)
+    if next(teacher.network.parameters()).dtype == torch.float16:
+        raise RecipeError(
+            "the teacher's network is in float16, in which small gradients vanish: load it in float32 (or bfloat16) and "
+            "give mixed_precision bf16"
+        )
     if options.cast_teacher_unet:
         if mixed_precision == "no":
             raise RecipeError("cast_teacher_unet casts to the type of mixed_precision; give --mixed_precision bf16")
@@ -111,11 +121,12 @@ def _open_path(
         max_rejected=options.max_rejected,
         seed=settings.seed,
         teacher=teacher.identity()["fingerprint"],
+        resolution=resolution,
         verify=verify,
     )
 
 
-def _with_autoencoder(teacher: Teacher, options: TeacherOptions) -> Teacher:
+def _replace_autoencoder(teacher: Teacher, options: TeacherOptions) -> None:
     from diffusers import AutoencoderKL
 
     try:
@@ -126,8 +137,7 @@ def _with_autoencoder(teacher: Teacher, options: TeacherOptions) -> Teacher:
         raise FileNotFoundError(
             f"autoencoder {options.pretrained_vae_model_name_or_path!r} could not be loaded: {error}"
         ) from error
-    teacher.pipeline.register_modules(vae=autoencoder)
-    return Teacher(teacher.pipeline, teacher.source, teacher.revision)
+    teacher.replace_autoencoder(autoencoder)
 
 
 def _use_xformers(network: nn.Module) -> None:

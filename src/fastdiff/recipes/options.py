@@ -70,12 +70,15 @@ class HubOptions:
         hub_model_id: repository, such as you/sdxl-4step; the run folder's name if not given.
         hub_token: access token; the stored login if not given. Never written to recipe.yaml.
         license: licence of the student; the teacher's own if not given.
+        license_name, license_link: what `license` other is called and where its terms are.
     """
 
     push_to_hub: bool = False
     hub_model_id: str | None = None
     hub_token: str | None = None
     license: str | None = None
+    license_name: str | None = None
+    license_link: str | None = None
 
 
 SECRET = ("hub_token",)

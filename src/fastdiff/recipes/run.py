@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import os
 from collections.abc import Iterator, Sequence
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +29,11 @@ from fastdiff.recipes.student import Student
 logger = logging.getLogger(__name__)
 
 PREVIEW_PROMPTS = 8
+_ACCELERATES_OWN = {
+    "MIXED_PRECISION": "precision is the recipe's, give --mixed_precision bf16",
+    "USE_FSDP": "networks are cut by --fsdp full_shard",
+    "USE_DEEPSPEED": "networks are cut by --fsdp full_shard",
+}
 
 
 def distill(
@@ -78,7 +85,7 @@ def distill(
 
 def run_recipe(recipe: Recipe, teacher: Any = None, data: Any = None, scorer: Scorer | None = None) -> Student:
     """One ordinary run; see `distill`. `teacher`, `data` and `scorer` replace those that the recipe names."""
-    from accelerate import Accelerator
+    from accelerate import Accelerator, InitProcessGroupKwargs
 
     settings = recipe.build(Settings)
     method_class = method_named(recipe.method)
@@ -86,12 +93,16 @@ def run_recipe(recipe: Recipe, teacher: Any = None, data: Any = None, scorer: Sc
     folder = Path(settings.output_dir)
     _refuse_mixing(folder, settings)
     tracker_class(settings.report_to)
-    accelerator = Accelerator(mixed_precision="no")
+    # Others wait while the main process exports and loads back, which takes long for large students.
+    patience = InitProcessGroupKwargs(timeout=timedelta(hours=2))
+    accelerator = Accelerator(mixed_precision="no", kwargs_handlers=[patience])
+    _warn_of_accelerates_own(settings)
     options = recipe.build(TeacherOptions)
     if teacher is None:
         teacher = open_teacher(options, accelerator.device, settings.mixed_precision)
-    elif not isinstance(teacher, Teacher):
-        teacher = prepare(Teacher(teacher), options, accelerator.device, settings.mixed_precision)
+    else:
+        given = teacher if isinstance(teacher, Teacher) else Teacher(teacher)
+        teacher = prepare(given, options, accelerator.device, settings.mixed_precision)
     first_here = accelerator.is_local_main_process
     opened = open_data(data, recipe.build(DataOptions), method, teacher, settings, verify=first_here)
     prompts = list(settings.validation_prompts) or some_prompts(opened)
@@ -144,6 +155,14 @@ def upload(folder: Path, recipe: Recipe) -> None:
     if options.push_to_hub:
         repository = options.hub_model_id or Path(recipe.values["output_dir"]).name
         logger.info("pushed: %s", push_to_hub(folder, repository, options.hub_token))
+
+
+def _warn_of_accelerates_own(settings: Settings) -> None:
+    """Says which of accelerate's launch settings have no effect here, and what has."""
+    for name, ours in _ACCELERATES_OWN.items():
+        own = os.environ.get(f"ACCELERATE_{name}", "no").lower()
+        if own not in ("no", "false", "0", "", settings.mixed_precision):
+            logger.warning("accelerate's %s=%s has no effect here: %s", name.lower(), own, ours)
 
 
 def _refuse_mixing(folder: Path, settings: Settings) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import gc
 import logging
 import os
 from collections.abc import Mapping
@@ -12,6 +13,7 @@ from typing import Any
 from fastdiff.engine.files import writable_folder
 from fastdiff.export.student import RECORD_FILE
 from fastdiff.models.scorers import Scorer
+from fastdiff.recipes.errors import RecipeError
 from fastdiff.recipes.recipe import RECIPE_FILE, Recipe, stage_recipe
 from fastdiff.recipes.run import run_recipe
 from fastdiff.recipes.starting import last_checkpoint
@@ -34,12 +36,20 @@ def run_stages(recipe: Recipe, data: Any = None, scorer: Scorer | None = None) -
         writable_folder(root)
         recipe.write(root / RECIPE_FILE)
     resuming = recipe.values["resume_from_checkpoint"] is not None
+    if recipe.values["resume_from_checkpoint"] not in (None, "latest"):
+        raise RecipeError(
+            f"resume_from_checkpoint {recipe.values['resume_from_checkpoint']}: a recipe with stages goes on where it "
+            "stopped, with --resume_from_checkpoint latest"
+        )
     for own, (folder, _) in zip(prepared, plan):
         if resuming and (folder / "student" / RECORD_FILE).is_file():
             logger.info("%s is finished", folder.name)
             continue
         go_on = resuming and last_checkpoint(folder) is not None
-        run_recipe(own.changed(resume_from_checkpoint="latest" if go_on else None), data=data, scorer=scorer)
+        last = folder == plan[-1][0]  # whose student is the recipe's; earlier ones are not published
+        hub = {"push_to_hub": False} if not last else {"hub_model_id": own.values["hub_model_id"] or root.name}
+        run_recipe(own.changed(resume_from_checkpoint="latest" if go_on else None, **hub), data=data, scorer=scorer)
+        gc.collect()  # networks, hooks and optimizers point at each other, and the next stage needs their memory
     return Student(plan[-1][0] / "student")
 
 

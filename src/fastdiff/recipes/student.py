@@ -115,7 +115,8 @@ def load_pipeline(
 
 def _on_teacher(folder: Path, dtype: torch.dtype) -> Any:
     record = read_record(folder)
-    teacher = Teacher.from_pretrained(record.teacher["source"], revision=record.teacher.get("revision"), dtype=dtype)
+    own = {name: record.teacher.get(name) for name in ("revision", "variant")}
+    teacher = Teacher.from_pretrained(record.teacher["source"], **own, dtype=dtype)
     if teacher.identity()["fingerprint"] != record.teacher["fingerprint"]:
         raise ValueError(f"{record.teacher['source']} has other weights now than when {folder} was distilled from it")
     pipeline = teacher.pipeline
