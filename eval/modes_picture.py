@@ -42,14 +42,14 @@ def trained(divergence: str, last: int, seed: int) -> Tensor:
     law = GaussianMixture([1.0] * len(means), means, (WIDTH**2 * torch.eye(2).double()).expand(len(means), 2, 2))
     a, b = START_WIDTH * torch.eye(2).double(), torch.tensor(START, dtype=torch.float64)
     student = AffineStudent(a, b, schedule())
+    weights = {} if divergence == "rkl" else {"ratio_min": 1e-3, "ratio_max": 1e3, "time_bins_decay": 0.0}
     config = FDistillConfig(
         divergence=divergence,
         guidance_scale=1.0,
         max_timestep=last,
         update_rule="every",
         student_update_every=1,
-        ratio_min=1e-3,
-        ratio_max=1e3,
+        **weights,
     )
     distilled(FDistill(config), law, student, STEPS, ROWS, LEARNING_RATE, seed)
     z = torch.randn(SAMPLES, 2, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)

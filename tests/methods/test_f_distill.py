@@ -49,7 +49,8 @@ def test_golden_gradients_of_divergences(monkeypatch, scenario):
     laboratory = Laboratory(scenario, "student")
     laboratory.ctx.global_mean = torch.ones_like  # leaves h as it is
     for name, gold in GOLD[scenario].items():
-        terms = method(divergence=name, **WIDE).student_loss(laboratory.batch, laboratory.ctx)
+        bounds = {} if name == "rkl" else WIDE
+        terms = method(divergence=name, **bounds).student_loss(laboratory.batch, laboratory.ctx)
         assert laboratory.derivatives(terms["distribution_matching"]) == pytest.approx(gold, abs=1e-10), name
 
 
@@ -177,6 +178,36 @@ def test_bin_means_weigh_processes_by_their_counts():
     torch.testing.assert_close(weight.means[0], torch.tensor((1 + math.e) / 2))
 
 
+@pytest.mark.parametrize("decay", [0.0, 0.99])
+def test_samples_alone_in_their_part_keep_their_ratio_by_running_means_only(decay):
+    weight = RatioWeight(divergence_named("fkl"), 0.1, 20, bins=10, decay=decay)
+    weight.means += 1
+    logits = torch.tensor([0.0, 1.0]).double()
+    r = logits.exp() / (decay + (1 - decay) * logits.exp())
+    found = weight(logits, torch.tensor([0.15, 0.85]).double(), lambda value: value)
+    torch.testing.assert_close(found, r / r.mean())
+    assert found.std() > 0.5 if decay else torch.equal(found, torch.ones_like(found))
+
+
+@pytest.mark.parametrize(
+    ("config", "least"),
+    [
+        ({"time_bins": 0}, 2),
+        ({"time_bins": 10, "time_bins_decay": 0.0}, 20),
+        ({"time_bins": 10, "time_bins_decay": 0.8}, 4),
+        ({"time_bins": 10}, 2),
+        ({"divergence": "rkl"}, 1),
+    ],
+)
+def test_micro_batches_are_large_enough_for_weights(config, least):
+    assert method(**config).least_batch == least
+
+
+def test_a_micro_batch_whose_weights_would_be_1_is_refused(tiny_sd, tmp_path):
+    with pytest.raises(ValueError, match="micro-batches of 20 samples"):
+        tiny_trainer(method(time_bins=10, time_bins_decay=0.0), tiny_sd, tmp_path)
+
+
 def test_running_means_are_kept():
     first, second = method(time_bins=10), method(time_bins=10)
     first.ratio(torch.tensor([1.0]), torch.tensor([0.5]), lambda value: value)
@@ -213,7 +244,12 @@ def test_the_ratio_carries_no_gradient_and_the_gan_term_does():
     ("config", "named"),
     [
         ({"gan_weight": 0.0}, "dmd2"),
+        ({"gan_weight": 0.0, "divergence": "rkl"}, "dmd2"),
         ({"gan_loss": "hinge"}, "softplus"),
+        ({"power": 0.3}, "power has no effect with divergence js"),
+        ({"divergence": "rkl", "ratio_max": 10.0}, "ratio_max has no effect with divergence rkl"),
+        ({"divergence": "rkl", "time_bins": 5}, "time_bins has no effect with divergence rkl"),
+        ({"time_bins": 0, "time_bins_decay": 0.5}, "time_bins_decay has no effect with time_bins 0"),
         ({"ratio_min": 30.0}, "ratio_max"),
         ({"time_bins": -1}, "time_bins"),
         ({"time_bins_decay": 1.0}, "time_bins_decay"),
@@ -222,6 +258,11 @@ def test_the_ratio_carries_no_gradient_and_the_gan_term_does():
 def test_senseless_settings_are_refused(config, named):
     with pytest.raises(ValueError, match=named):
         FDistillConfig(**config)
+
+
+def test_reverse_kl_asks_no_log_ratio_of_its_gan():
+    config = FDistillConfig(divergence="rkl", gan_loss="hinge", time_bins=0)
+    assert config.time_bins_decay == FDistillConfig.time_bins_decay
 
 
 @pytest.mark.slow
@@ -250,7 +291,7 @@ def test_trains_and_resumes_exactly_and_leaves_the_teacher_alone(tiny_sd, tmp_pa
     before, again = frozen_weights(tiny_sd), copy.deepcopy(tiny_sd)
 
     def trainer(pipeline, folder, **more):
-        one = method(time_bins=4, time_bins_decay=0.5, student_update_every=2, timesteps=(999, 499))
+        one = method(time_bins=4, time_bins_decay=0.75, student_update_every=2, timesteps=(999, 499))
         return tiny_trainer(one, pipeline, tmp_path / folder, **settings, **more)
 
     straight = trainer(tiny_sd, "straight")

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from fastdiff.diffusion.divergences import Divergence, DivergenceName, divergence_named
 from fastdiff.methods._adversarial_score_gap import AdversarialScoreGap, AdversarialScoreGapConfig
+from fastdiff.methods._unread import refuse_unread
 from fastdiff.methods.base import Context, check_positive
 
 Mean = Callable[[Tensor], Tensor]
@@ -25,7 +26,8 @@ class RatioConfig(AdversarialScoreGapConfig):
         power: exponent of h(r) = r^power where `divergence` is `power`.
         ratio_min, ratio_max: bounds of the density ratio.
         time_bins: parts of the time range in which the ratio is brought to mean 1 before h is taken; 0 for none.
-        time_bins_decay: share of the old mean of such a part in its new one.
+        time_bins_decay: share of the old mean of such a part in its new one. At 0 a sample alone in its part has the
+            ratio 1, so that small micro-batches need a decay near 1 or no parts.
     """
 
     divergence: DivergenceName = "rkl"
@@ -44,17 +46,30 @@ class RatioConfig(AdversarialScoreGapConfig):
             raise ValueError(
                 f"time_bins ({self.time_bins}) must not be negative, time_bins_decay ({self.time_bins_decay}) in [0, 1)"
             )
+        self._check_read()
 
-    def check_logits(self, remedy: str) -> None:
-        """Refuses a GAN whose logits are no log-ratio.
+    def _check_read(self) -> None:
+        if self.divergence != "power":
+            refuse_unread(self, ("power",), f"with divergence {self.divergence}")
+        if self.divergence == "rkl":
+            # No parts are as good as any here, so that 0 may stand beside every divergence.
+            of_ratio = {"ratio_min", "ratio_max", "time_bins_decay"} | ({"time_bins"} if self.time_bins else set())
+            refuse_unread(self, of_ratio, "with divergence rkl, whose weight is 1 at any ratio")
+        if self.time_bins == 0:
+            refuse_unread(self, ("time_bins_decay",), "with time_bins 0")
+
+    def check_logits(self) -> None:
+        """Refuses a divergence whose density ratio no GAN learns.
 
         Raises:
-            ValueError: with the `remedy` for those who want no GAN.
+            ValueError: naming what is missing.
         """
-        if self.gan_weight == 0 or self.gan_discriminator_weight == 0:
+        if self.divergence == "rkl":
+            return
+        if self.gan_weight == 0:
             raise ValueError(
-                f"divergence {self.divergence} takes the density ratio from the discriminator: gan_weight and "
-                f"gan_discriminator_weight must be above 0. Without a GAN only the reverse KL is possible: {remedy}."
+                f"divergence {self.divergence} takes the density ratio from the discriminator: gan_weight must be "
+                "above 0, or the divergence rkl"
             )
         if self.gan_loss != "softplus":
             raise ValueError(
@@ -143,6 +158,15 @@ class RatioWeighted(AdversarialScoreGap):
     def __init__(self, config: RatioConfig) -> None:
         super().__init__(config)
         self.ratio = config.ratio_weight()
+
+    @property
+    def least_batch(self) -> int:
+        """Two, since weights have mean 1 over a micro-batch, and so many that no sample is more than half of the mean
+        that its own ratio is divided by: of that mean it is `(1 - decay)` over the samples in its part."""
+        if self.config.divergence == "rkl":
+            return super().least_batch
+        needed = 2 * self.config.time_bins * (1 - self.config.time_bins_decay)
+        return max(2, math.ceil(needed - 1e-9))
 
     def density_weight(self, logits: Tensor, t: Tensor, ctx: Context) -> Tensor:
         """h(r) `(B,)` of logits `(B, K)` at times `t`, without graph."""

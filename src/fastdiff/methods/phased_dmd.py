@@ -59,8 +59,7 @@ class PhasedDMDConfig(RatioConfig):
             raise ValueError(f"phase_steps {self.phase_steps} must share out all timesteps {self.timesteps}")
         if self.phase > len(self.phase_steps):
             raise ValueError(f"phase {self.phase} does not exist: there are {len(self.phase_steps)} phase_steps")
-        if self.divergence != "rkl":
-            self.check_logits("leave divergence out")
+        self.check_logits()
         self.check_whole("experts are adapters of one base")
         if self.multi_step_input != "simulate":
             raise ValueError(
