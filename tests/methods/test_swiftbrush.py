@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
+
 import pytest
 import torch
+from adversarial_cases import tiny_trainer
 from gaussian_cases import COV, MU, A, B, denoiser_with_fake, divergence_gradient, draws, exactness, golden_setup
 from method_helpers import (
     SD,
@@ -18,6 +21,7 @@ from method_helpers import (
     sigma_points,
     spatial,
 )
+from tiny_transformers import build
 
 from fastdiff.data.source import PromptData
 from fastdiff.diffusion import FlowSchedule, Gaussian
@@ -27,6 +31,7 @@ from fastdiff.methods.pg_sb import PGSB, PGSBConfig
 from fastdiff.methods.swiftbrush import SwiftBrush, SwiftBrushConfig
 from fastdiff.models.analytic import ExactNetwork
 from fastdiff.models.conditioning import Conditioning
+from fastdiff.models.denoiser import Denoiser
 
 
 def method(**config) -> SwiftBrush:
@@ -210,6 +215,26 @@ def test_a_tenth_of_the_fake_scores_steps_has_no_prompts_at_all(drawn, dropped):
     assert seen[0].tolist() == ([-1] * 4 if dropped else [0] * 4)
 
 
+def test_a_fake_score_that_embeds_guidance_is_never_asked_at_one_it_was_not_trained_at(monkeypatch, tmp_path):
+    told, tell = defaultdict(set), Denoiser._told_guidance
+
+    def spy(self, asks, times):
+        strengths = tell(self, asks, times)
+        for ask, own in zip(asks, strengths.chunk(len(asks)), strict=True):
+            told[ask.role] |= set(own.tolist())
+        return strengths
+
+    monkeypatch.setattr(Denoiser, "_told_guidance", spy)
+    flux = build("flux")
+    for one in (method(), PGSB(PGSBConfig())):
+        with pytest.raises(ValueError, match="embeds guidance"):
+            tiny_trainer(one, flux, tmp_path)
+    unguided = method(guidance_scale=1.0)
+    own = {"resolution": 32, "max_train_steps": 1, "lora_target_modules": ()}
+    assert tiny_trainer(unguided, flux, tmp_path, **own).train() == "done"
+    assert told == {"student": {3.5}, "teacher": {1.0}, "fake_score": {3.5}}
+
+
 # The image-text term
 
 
@@ -255,6 +280,16 @@ def test_its_weight_may_fall_to_nothing():
     assert method(clip_weight=0.1).clip_weight_at(10**6) == 0.1
 
 
+def test_nothing_is_decoded_for_a_term_that_has_fallen_to_nothing():
+    _, denoiser = table_setup(4)
+    decoded = []
+    for step in (199, 200):
+        batch, ctx = with_prompts(denoiser, 4, step=step)
+        ctx.decode = lambda latents, step=step: decoded.append(step) or latents
+        terms = method(clip_weight=0.1, clip_steps=200).student_loss(batch, ctx)
+    assert decoded == [199] and set(terms) == {"distribution_matching"}
+
+
 def test_data_without_prompts_is_refused():
     _, denoiser = table_setup(4)
     _, ctx = with_prompts(denoiser, 4)
@@ -267,6 +302,9 @@ def test_data_without_prompts_is_refused():
     [
         ({"prompt_dropout": 1.5}, "prompt_dropout"),
         ({"guidance_range": (4.0, 0.5)}, "guidance_range"),
+        ({"guidance_range": (4.0, float("inf"))}, "guidance_range must be .* finite"),
+        ({"guidance_range": (0.5, 4.0), "guidance_scale": 2.0}, "guidance_scale has no effect with guidance_range"),
+        ({"clip_threshold": 0.2, "clip_steps": 9}, "clip_threshold, clip_steps has no effect with clip_weight 0"),
         ({"clip_threshold": 2.0}, "clip_threshold"),
         ({"clip_steps": 0}, "clip_steps"),
         ({"clip_weight": -1.0}, "clip_weight"),
@@ -316,7 +354,6 @@ def test_trains_adapters_through_decoder_and_scorer_and_leaves_all_else_alone(ti
 
 @pytest.fixture
 def sd_denoiser(tiny_sd):
-    from fastdiff.models.denoiser import Denoiser
     from fastdiff.models.families import StableDiffusion
     from fastdiff.models.roles import AdapterSpec, Roles
 

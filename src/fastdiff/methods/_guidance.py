@@ -76,6 +76,6 @@ def check_range(config: GuidanceSettings) -> None:
     if config.guidance_range is None:
         return
     low, high = config.guidance_range
-    if not 0 <= low <= high:
-        raise ValueError(f"guidance_range must be (low, high), not negative, got {config.guidance_range}")
-    refuse_unread(config, ("guidance_scale",), "with guidance_range, from which w is drawn")
+    if not 0 <= low <= high < float("inf"):
+        raise ValueError(f"guidance_range must be (low, high), finite and not negative, got {config.guidance_range}")
+    refuse_unread(config, ("guidance_scale",), "with guidance_range, from which w is drawn (null draws from none)")

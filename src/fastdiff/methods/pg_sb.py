@@ -17,21 +17,10 @@ class PGSBConfig(SwiftBrushConfig):
         guidance_range: w of both scores is drawn from this range for each sample. The paper does not say whether it
             draws for a sample or for a batch.
         guidance_scale: of both scores where there is no range.
-
-    Raises:
-        ValueError: if both a range and a guidance scale are given.
     """
 
     guidance_scale: float = 1.0
     guidance_range: tuple[float, float] | None = (0.5, 4.0)
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.guidance_range is not None and self.guidance_scale != 1:
-            raise ValueError(
-                f"guidance is drawn from guidance_range {self.guidance_range}, so guidance_scale "
-                f"{self.guidance_scale} would not be used: leave it out, or set guidance_range to null"
-            )
 
 
 class PGSB(SwiftBrush):

@@ -10,7 +10,9 @@ from torch import Tensor
 
 from fastdiff.diffusion.losses import mse
 from fastdiff.diffusion.prediction import Prediction
+from fastdiff.methods._guidance import check_range
 from fastdiff.methods._score_gap import ScoreGap, ScoreGapConfig
+from fastdiff.methods._unread import refuse_unread
 from fastdiff.methods.base import Batch, Context, MethodInfo, any_time, check_not_negative, check_positive
 from fastdiff.models.denoiser import Ask
 from fastdiff.models.roles import TEACHER
@@ -45,11 +47,9 @@ class SwiftBrushConfig(ScoreGapConfig):
         if not -1 <= self.clip_threshold <= 1:
             raise ValueError(f"clip_threshold is a cosine, from -1 to 1, got {self.clip_threshold}")
         check_positive(clip_steps=self.clip_steps)
-        if self.guidance_range is not None:
-            low, high = self.guidance_range
-            check_not_negative(guidance_range=low)
-            if not low <= high < float("inf"):
-                raise ValueError(f"guidance_range must be (low, high), got {self.guidance_range}")
+        check_range(self)
+        if self.clip_weight == 0:
+            refuse_unread(self, ("clip_threshold", "clip_steps"), "with clip_weight 0")
 
 
 class SwiftBrush(ScoreGap):
@@ -80,10 +80,20 @@ class SwiftBrush(ScoreGap):
     def needs_scorer(self) -> bool:
         return self.config.clip_weight > 0
 
+    @property
+    def guided(self) -> bool:
+        """Whether any w but 1 is asked."""
+        return self.config.guidance_range is not None or self.config.guidance_scale != 1
+
+    def compares_with_null(self) -> bool:
+        """The fake score learns no guidance: it has one only as far as it is asked without a prompt."""
+        return self.guided
+
     def asks(self, batch: Batch, ctx: Context) -> list[Ask]:
-        """Both scores under one guidance."""
+        """Both scores under one guidance; at w = 1 the fake score is asked as it is trained."""
         w = self.guidance(ctx)
-        return [Ask(role, batch.cond, batch.null, w) for role in (TEACHER, "fake_score")]
+        fake = Ask("fake_score", batch.cond, batch.null, w) if self.guided else Ask("fake_score", batch.cond)
+        return [Ask(TEACHER, batch.cond, batch.null, w), fake]
 
     def guidance(self, ctx: Context) -> float | Tensor:
         """w for the batch, or `(B,)` drawn from the range."""
@@ -98,8 +108,9 @@ class SwiftBrush(ScoreGap):
         return alpha * sigma
 
     def student_terms(self, x: Tensor, batch: Batch, ctx: Context) -> dict[str, Tensor]:
-        """The clamped image-text term, if weighted."""
-        if not self.config.clip_weight:
+        """The clamped image-text term while it is weighted; it costs a decoder's pass."""
+        weight = self.clip_weight_at(ctx.step)
+        if not weight:
             return {}
         if len(batch.prompts) != len(batch):
             raise ValueError(
@@ -108,7 +119,7 @@ class SwiftBrush(ScoreGap):
         image = ctx.scorer.image_embedding(ctx.decode(x))
         cosine = (image * ctx.scorer.text_embedding(batch.prompts)).sum(-1)
         ctx.log("clip_cosine", cosine.detach().mean())
-        return {"clip": self.clip_weight_at(ctx.step) * F.relu(self.config.clip_threshold - cosine).mean()}
+        return {"clip": weight * F.relu(self.config.clip_threshold - cosine).mean()}
 
     def clip_weight_at(self, step: int) -> float:
         """The weight of the image-text term at a step."""
