@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 
@@ -61,6 +63,15 @@ def test_decoding_is_differentiable_and_frozen():
     codec.decode(latents).sum().backward()
     assert latents.grad.abs().max() > 0
     assert all(p.grad is None and not p.requires_grad for p in codec.autoencoder.parameters())
+
+
+def test_a_pixel_out_of_range_is_clamped_and_gets_its_gradient(monkeypatch):
+    codec, raw = Codec(tiny_autoencoder()), torch.tensor([-7.3, -1.0, -0.1, 0.3, 1.0, 2.9, math.inf]).requires_grad_()
+    monkeypatch.setattr(codec, "_decoded", lambda latents: latents)
+    pixels = codec.decode(raw)
+    assert torch.equal(pixels, raw.detach().clamp(-1, 1))
+    slope = torch.arange(1.0, 8)
+    assert torch.equal(torch.autograd.grad(pixels @ slope, raw)[0], slope)
 
 
 def test_half_precision_autoencoders_give_float32(tiny_sd):

@@ -35,9 +35,9 @@ class Codec:
         return self._scaled(self._encoded(images.to(weight), noise).float())
 
     def decode(self, latents: Tensor) -> Tensor:
-        """Latents to images in [-1, 1], clamped; differentiable."""
+        """Latents to images in [-1, 1], clamped; differentiable, also where a pixel is clamped."""
         weight = next(self.autoencoder.parameters())
-        return self._decoded(self._unscaled(latents).to(weight)).float().clamp(-1, 1)
+        return _Clamped.apply(self._decoded(self._unscaled(latents).to(weight)).float())
 
     def _scaled(self, latents: Tensor) -> Tensor:
         return (latents - self.shift) * self.scale
@@ -54,6 +54,18 @@ class Codec:
             return encoded[0]
         posterior = encoded.latent_dist
         return posterior.mean if noise is None else posterior.mean + posterior.std * noise.to(posterior.std)
+
+
+class _Clamped(torch.autograd.Function):
+    """[-1, 1] forward, the identity backward: a loss can call back a pixel that has left the range."""
+
+    @staticmethod
+    def forward(ctx, images):
+        return images.clamp(-1, 1)
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return gradient
 
 
 class FrameCodec(Codec):
