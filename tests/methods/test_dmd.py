@@ -18,7 +18,8 @@ ROWS = 6
 
 
 def method(**config) -> DMD:
-    return DMD(DMDConfig(**{"guidance_scale": 1.0, "regression_loss": "latent_l2"} | config))
+    in_latents = {"regression_loss": "latent_l2"} if config.get("regression_weight", 1) else {}
+    return DMD(DMDConfig(**{"guidance_scale": 1.0} | in_latents | config))
 
 
 def pairs(rows: int = ROWS, seed: int = 0):
@@ -101,6 +102,26 @@ def test_perceptual_regression_compares_decoded_samples_and_its_target_has_no_gr
     assert not DMD(DMDConfig(regression_weight=0.0)).needs_scorer()
 
 
+@pytest.mark.parametrize(
+    ("shape", "seen"), [((448, 448), (224, 224)), ((448, 896), (224, 448)), ((224, 500), (224, 500))]
+)
+def test_the_perceptual_distance_sees_at_most_224_pixels(shape, seen):
+    _, denoiser = denoiser_with_fake()
+    batch, ctx = batch_with_pairs(), context(denoiser, ROWS)
+    sizes = []
+
+    class Mean(SquareScorer):
+        def distance(self, a, b):
+            sizes.extend([tuple(a.shape[-2:]), tuple(b.shape[-2:])])
+            return (a - b).mean((1, 2, 3))
+
+    ctx.scorer, ctx.decode = Mean(), lambda latents: latents.expand(-1, -1, *shape)
+    term = method(regression_loss="perceptual").student_loss(batch, ctx)["regression"]
+    gap = method().sample(batch, ctx, with_grad=False)[3:] - batch.latents[3:]
+    torch.testing.assert_close(term, 0.25 * gap.mean(), rtol=1e-12, atol=1e-14)
+    assert sizes == [seen, seen]
+
+
 def test_the_matching_term_covers_all_rows_and_the_fake_score_sees_them_all():
     """At share 1 the regression's rows are all rows: the gradient is DMD2's on the pairs' noise."""
     points = signs(4)
@@ -129,6 +150,8 @@ def test_data_and_settings_that_do_not_fit_are_refused():
         DMDConfig(timesteps=(999, 499))
     with pytest.raises(ValueError, match="regression_share"):
         DMDConfig(regression_share=0.0)
+    with pytest.raises(ValueError, match="regression_loss, regression_share has no effect with regression_weight 0"):
+        DMDConfig(regression_weight=0.0, regression_loss="latent_l2", regression_share=1.0)
     assert DMDConfig().regression_weight == 0.25 and DMDConfig().guidance_scale == 3.0
 
 

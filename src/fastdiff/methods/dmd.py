@@ -7,12 +7,17 @@ from dataclasses import dataclass
 from typing import Literal
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from fastdiff.diffusion.losses import mse
 from fastdiff.methods._rollout import student_sample
 from fastdiff.methods._score_gap import ScoreGap, ScoreGapConfig
+from fastdiff.methods._unread import refuse_unread
 from fastdiff.methods.base import Batch, Context, MethodInfo, Need, check_not_negative
+
+JUDGED_SIZE = 224
+"""Pixels along the shorter side of the images that the perceptual distance compares, at most; the paper's size."""
 
 
 @dataclass(frozen=True)
@@ -20,10 +25,10 @@ class DMDConfig(ScoreGapConfig):
     """Defaults are those of the paper's SD1.5 run at guidance 3; its run at guidance 8 differs in w and pairs only.
 
     Args:
-        guidance_scale: w of the teacher's score; pairs must be made with the same.
+        guidance_scale: w of the teacher's score; pairs must be made with the same, which nothing compares.
         regression_weight: weight of the regression on pairs; 0 needs prompts only and is DMD2 without its GAN.
-        regression_loss: `perceptual` (the distance of the run's scorer, on decoded samples), or `latent_l2`, which
-            needs no decoder and no scorer (not the paper's).
+        regression_loss: `perceptual` (the distance of the run's scorer, on decoded samples, shrunk to 224 pixels where
+            larger, as in the paper), or `latent_l2`, which needs no decoder and no scorer (not the paper's).
         regression_share: share of each batch whose noise is that of its pair; the others start from fresh noise.
     """
 
@@ -37,6 +42,8 @@ class DMDConfig(ScoreGapConfig):
         check_not_negative(regression_weight=self.regression_weight)
         if not 0 < self.regression_share <= 1:
             raise ValueError(f"regression_share must be above 0 and at most 1, got {self.regression_share}")
+        if self.regression_weight == 0:
+            refuse_unread(self, ("regression_loss", "regression_share"), "with regression_weight 0")
         if self.regression_weight and len(self.timesteps) > 1:
             raise ValueError(
                 f"pairs teach the one step from noise to sample, but timesteps are {self.timesteps}: give one, or "
@@ -104,5 +111,14 @@ class DMD(ScoreGap):
         if self.config.regression_loss == "latent_l2":
             return mse(x, y)
         with torch.no_grad():
-            target = ctx.decode(y)
-        return ctx.scorer.distance(ctx.decode(x), target).mean()
+            target = _judged(ctx.decode(y))
+        return ctx.scorer.distance(_judged(ctx.decode(x)), target).mean()
+
+
+def _judged(images: Tensor) -> Tensor:
+    """Images `(B, C, H, W)` as the perceptual distance sees them."""
+    height, width = images.shape[-2:]
+    if min(height, width) <= JUDGED_SIZE:
+        return images
+    size = [round(side * JUDGED_SIZE / min(height, width)) for side in (height, width)]
+    return F.interpolate(images, size, mode="bilinear", antialias=True, align_corners=False)
