@@ -22,7 +22,6 @@ def student_sample(
     ctx: Context,
     timesteps: tuple[int, ...],
     multi_step_input: MultiStepInput = "simulate",
-    role: str = "student",
     site: str = "student",
     with_grad: bool = True,
     noise: Tensor | None = None,
@@ -46,8 +45,8 @@ def student_sample(
     elif step > 0:
         for position in range(step):
             with torch.no_grad():
-                x0 = ctx.denoiser(x_t, time_at(timesteps[position], x_t, schedule), batch.cond, role).x0
+                x0 = ctx.denoiser(x_t, time_at(timesteps[position], x_t, schedule), batch.cond, "student").x0
             eps = ctx.random.normal(f"{site}/{position + 1}", shape)
             x_t = schedule.add_noise(x0, eps, time_at(timesteps[position + 1], x_t, schedule))
     with torch.set_grad_enabled(with_grad):
-        return ctx.denoiser(x_t, time_at(timesteps[step], x_t, schedule), batch.cond, role).x0
+        return ctx.denoiser(x_t, time_at(timesteps[step], x_t, schedule), batch.cond, "student").x0

@@ -101,8 +101,10 @@ class TowerScorer:
     @torch.no_grad()
     def text_embedding(self, prompts: Sequence[str]) -> Tensor:
         """The projected text feature, scaled to length 1."""
-        tokens = self.tower.tokenizer(list(prompts)).to(self._weight.device)
-        return F.normalize(self.tower.model.encode_text(tokens).float(), dim=-1)
+        tokens, device = self.tower.tokenizer(list(prompts)), self._weight.device
+        if device.type == "cuda":
+            tokens = tokens.pin_memory()  # a copy from other memory waits for the device
+        return F.normalize(self.tower.model.encode_text(tokens.to(device, non_blocking=True)).float(), dim=-1)
 
     @property
     def _weight(self) -> Tensor:
