@@ -268,8 +268,9 @@ def test_a_gaussian_run_ends_in_the_teachers_law():
 
 def test_init_from_gives_the_student_alone():
     assert method().inherits() == {"student": ("student",)}  # a trained fake score would not be the path's beginning
-    assert method(path_nodes=0).inherits() is None and method(path_nodes=0).frozen() == {}
-    assert method(path_nodes=1).frozen() == {}
+    plain = DisBack(DisBackConfig(path_nodes=0))
+    assert plain.inherits() is None and plain.frozen() == {}
+    assert DisBack(DisBackConfig(path_nodes=1)).frozen() == {}
     assert method_named("disback") is DisBack
 
 

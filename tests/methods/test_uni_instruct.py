@@ -42,10 +42,9 @@ FACTOR = ALPHA**2 / SIGMA**4
 
 
 def config(divergence="fkl", **values):
-    return UniInstructConfig(
-        **{"divergence": divergence, "mode": "exact", "loss_scale": 1.0, "gan_weight": 0.0, "gan_head": "channel_mean"}
-        | values
-    )
+    head = {} if divergence == "rkl" else {"gan_head": "channel_mean"}
+    own = {"divergence": divergence, "mode": "exact", "loss_scale": 1.0, "gan_weight": 0.0}
+    return UniInstructConfig(**own | head | values)
 
 
 @pytest.fixture(autouse=True)

@@ -10,8 +10,11 @@ from torch import Tensor, nn
 from fastdiff.diffusion.prediction import Prediction
 from fastdiff.methods._adversarial import Adversary, FeatureBlocks, Noisy, check_discriminator, weighted
 from fastdiff.methods._score_gap import ScoreGap, ScoreGapConfig
+from fastdiff.methods._unread import refuse_unread
 from fastdiff.methods.base import Batch, Context, Group, Need, check_not_negative
 from fastdiff.models.denoiser import Denoiser
+
+_OF_GAN = ("gan_discriminator_weight", "gan_loss", "gan_features", "gan_blocks", "gan_r1_weight")
 
 
 @dataclass(frozen=True)
@@ -40,6 +43,8 @@ class AdversarialScoreGapConfig(ScoreGapConfig):
         check_not_negative(gan_weight=self.gan_weight, gan_discriminator_weight=self.gan_discriminator_weight)
         check_discriminator(self.gan_weight, self.gan_discriminator_weight)
         check_not_negative(gan_r1_weight=self.gan_r1_weight)
+        if self.gan_weight == 0:
+            refuse_unread(self, _OF_GAN, "with gan_weight 0")
 
 
 class AdversarialScoreGap(ScoreGap):

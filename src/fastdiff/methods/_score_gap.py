@@ -10,8 +10,10 @@ from torch import Tensor
 
 from fastdiff.diffusion.losses import dmd_normaliser, mse, surrogate
 from fastdiff.diffusion.prediction import Prediction
+from fastdiff.diffusion.schedules import LAST_INDEX
 from fastdiff.methods._rollout import MultiStepInput, student_sample
 from fastdiff.methods._routed_student import RoutedStudent, RoutedStudentConfig
+from fastdiff.methods._unread import refuse_unread
 from fastdiff.methods.base import (
     Batch,
     Context,
@@ -57,11 +59,14 @@ class ScoreGapConfig(RoutedStudentConfig):
         check_not_negative(guidance_scale=self.guidance_scale, min_timestep=self.min_timestep)
         check_positive(student_update_every=self.student_update_every)
         check_positive(fake_score_learning_rate=self.fake_score_learning_rate)
-        if self.max_timestep < self.min_timestep:
+        if not self.min_timestep <= self.max_timestep <= LAST_INDEX:
             raise ValueError(
-                f"max_timestep ({self.max_timestep}) must not be below min_timestep ({self.min_timestep})"
+                f"max_timestep ({self.max_timestep}) must not be below min_timestep ({self.min_timestep}) nor above "
+                f"{LAST_INDEX}"
             )
         check_falling(self.timesteps)
+        if len(self.timesteps) == 1:
+            refuse_unread(self, ("multi_step_input",), "with one timestep, where the student starts from noise")
         if self.update_rule == "exclusive" and self.student_update_every == 1:
             raise ValueError(
                 "with update_rule exclusive, student_update_every 1 never trains the fake score: take a larger number, "

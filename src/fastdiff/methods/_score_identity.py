@@ -16,6 +16,7 @@ from fastdiff.methods._adversarial import Adversary, check_discriminator
 from fastdiff.methods._prompts import without_prompts
 from fastdiff.methods._rollout import student_sample
 from fastdiff.methods._score_gap import ScoreGap, ScoreGapConfig
+from fastdiff.methods._unread import refuse_unread
 from fastdiff.methods.base import Batch, Context, Group, Need, any_time, check_not_negative, check_positive
 from fastdiff.models.denoiser import Ask, Denoiser, Taps
 
@@ -64,6 +65,22 @@ class ScoreIdentityConfig(ScoreGapConfig):
         check_discriminator(self.gan_weight, self.gan_discriminator_weight)
         if not 0 <= self.prompt_dropout < 1:
             raise ValueError(f"prompt_dropout must be in [0, 1), got {self.prompt_dropout}")
+        if self.guidance_scale == 1:
+            refuse_unread(self, ("guided",), "with guidance_scale 1")
+        if self.fake_guidance == 1:
+            refuse_unread(self, ("prompt_dropout",), "where the fake score is not guided")
+        if not self.adversarial:
+            refuse_unread(self, ("gan_head", "gan_discriminator_weight"), "where no discriminator is trained")
+
+    @property
+    def adversarial(self) -> bool:
+        """Whether a discriminator is trained."""
+        return self.gan_weight > 0
+
+    @property
+    def fake_guidance(self) -> float:
+        """w of the fake score, in its own training too."""
+        return self.guidance_scale if self.guided == "both" else 1.0
 
 
 class Scored(NamedTuple):
@@ -99,23 +116,13 @@ class ScoreIdentity(ScoreGap):
     student_first = False
     config: ScoreIdentityConfig
 
-    @property
-    def adversarial(self) -> bool:
-        """Whether a discriminator is trained."""
-        return self.config.gan_weight > 0
-
-    @property
-    def fake_guidance(self) -> float:
-        """w of the fake score, in its own training too."""
-        return self.config.guidance_scale if self.config.guided == "both" else 1.0
-
     def groups(self) -> dict[str, Group]:
         groups = super().groups()
-        with_head = self.adversarial and self.config.gan_head == "trained"
+        with_head = self.config.adversarial and self.config.gan_head == "trained"
         return groups | {"discriminator": groups["fake_score"]} if with_head else groups
 
     def needs(self) -> Need:
-        return "images" if self.adversarial else super().needs()
+        return "images" if self.config.adversarial else super().needs()
 
     def modules(self, denoiser: Denoiser) -> dict[str, nn.Module]:
         return _ADVERSARY.modules(denoiser) if "discriminator" in self.groups() else {}
@@ -150,20 +157,20 @@ class ScoreIdentity(ScoreGap):
     def asks(self, batch: Batch, ctx: Context) -> list[Ask]:
         """The teacher's question, then the fake score's."""
         teacher, fake = super().asks(batch, ctx)
-        return [teacher, Ask(fake.role, batch.cond, batch.null, self.fake_guidance)]
+        return [teacher, Ask(fake.role, batch.cond, batch.null, self.config.fake_guidance)]
 
     # The turn of fake score and discriminator
 
     def critic_loss(self, batch: Batch, ctx: Context) -> Mapping[str, Tensor]:
         """Denoising of the student's samples through the guidance the fake score is asked with."""
-        if self.fake_guidance != 1:
+        if self.config.fake_guidance != 1:
             batch = without_prompts(batch, ctx.random.bernoulli("critic/no_prompt", self.config.prompt_dropout))
         x = self.critic_sample(batch, ctx)
         t = any_time(ctx, "critic/t", self.config.min_timestep, self.config.max_timestep)
         eps = ctx.random.normal("critic/eps", batch.latent_shape)
         taps = self._taps(ctx)
         x_t = ctx.denoiser.schedule.add_noise(x, eps, t)
-        prediction = ctx.denoiser(x_t, t, batch.cond, "fake_score", batch.null, self.fake_guidance, taps)
+        prediction = ctx.denoiser(x_t, t, batch.cond, "fake_score", batch.null, self.config.fake_guidance, taps)
         terms = {"denoising": x[0].numel() * self.fake_error(prediction, x, eps, t)}
         if taps:
             fake = self._logits(taps, len(batch), ctx)
@@ -185,7 +192,7 @@ class ScoreIdentity(ScoreGap):
         )
 
     def _taps(self, ctx: Context) -> Taps | None:
-        return Taps(tuple(_ADVERSARY.taps(ctx.denoiser))) if self.adversarial else None
+        return Taps(tuple(_ADVERSARY.taps(ctx.denoiser))) if self.config.adversarial else None
 
     def _logits(self, taps: Taps, rows: int, ctx: Context) -> Tensor:
         """Of the conditional rows, which come after the unconditional ones where there is guidance."""

@@ -10,6 +10,7 @@ from torch import Tensor
 from fastdiff.diffusion.losses import surrogate
 from fastdiff.methods._adversarial_score_gap import AdversarialScoreGap, AdversarialScoreGapConfig
 from fastdiff.methods._rollout import drawn_step
+from fastdiff.methods._unread import refuse_unread
 from fastdiff.methods.base import Batch, Context, Group, MethodInfo, any_time, check_not_negative, check_positive
 from fastdiff.models.denoiser import Ask
 from fastdiff.models.roles import TEACHER
@@ -48,6 +49,7 @@ class DecoupledDMDConfig(AdversarialScoreGapConfig):
         super().__post_init__()
         check_not_negative(matching_weight=self.matching_weight, moments_weight=self.moments_weight)
         check_positive(moments_variance=self.moments_variance)
+        self._check_read()
         if self.guidance_scale == 1 and not self.has_critic:
             raise ValueError(
                 "guidance_scale 1 leaves out the augmentation term and matching_weight 0 the matching term: nothing "
@@ -63,11 +65,25 @@ class DecoupledDMDConfig(AdversarialScoreGapConfig):
                 "matching_weight 0 with gan_features teacher trains a fake score that nobody asks: take gan_features "
                 "fake_score, or a matching_weight above 0"
             )
-        if "below_input" in (self.augmentation_times, self.matching_times) and self.timesteps[-1] <= self.min_timestep:
+        augmented = self.guidance_scale != 1 and self.augmentation_times == "below_input"
+        matched = self.matching_weight and self.matching_times == "below_input"
+        if (augmented or matched) and self.timesteps[-1] <= self.min_timestep:
             raise ValueError(
                 f"there is no noise level between min_timestep ({self.min_timestep}) and the input of the student's "
                 f"last step ({self.timesteps[-1]}): lower min_timestep, or take the times of both terms from 'all'"
             )
+
+    def _check_read(self) -> None:
+        if self.guidance_scale == 1:
+            refuse_unread(
+                self, ("augmentation_times",), "with guidance_scale 1, which leaves out the augmentation term"
+            )
+        if self.matching_weight == 0:
+            refuse_unread(self, ("matching_times",), "with matching_weight 0")
+        if self.moments_weight == 0:
+            refuse_unread(self, ("moments_mean", "moments_variance"), "with moments_weight 0")
+        if not self.has_critic:
+            refuse_unread(self, ("fake_score_learning_rate",), "without a fake score")
 
     @property
     def has_critic(self) -> bool:

@@ -13,6 +13,7 @@ from fastdiff.diffusion.losses import mse
 from fastdiff.diffusion.prediction import Prediction
 from fastdiff.diffusion.tensors import broadcast_to
 from fastdiff.methods._score_gap import ScoreGap, ScoreGapConfig
+from fastdiff.methods._unread import refuse_unread
 from fastdiff.methods.base import Batch, Context, MethodInfo, check_positive, log_normal_time
 
 _SIGMA_DATA = 0.5  # of images in [-1, 1], as in EDM (arXiv 2206.00364)
@@ -36,6 +37,8 @@ class DiffInstructConfig(ScoreGapConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         check_positive(noise_std=self.noise_std)
+        of_other = ("noise_mean", "noise_std") if self.noise_law == "uniform" else ("min_timestep", "max_timestep")
+        refuse_unread(self, of_other, f"with noise_law {self.noise_law}")
 
 
 class DiffInstruct(ScoreGap):

@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 
 from torch import Tensor
 
+from fastdiff.methods._unread import refuse_unread
 from fastdiff.methods.base import Batch, Context, MethodInfo, Update, check_not_negative, check_positive
 from fastdiff.methods.dmd2 import DMD2, DMD2Config
 from fastdiff.models.denoiser import Ask
@@ -41,6 +42,9 @@ class DisBackConfig(DMD2Config):
                 f"degradation_steps ({self.degradation_steps}) must not be below path_nodes ({self.path_nodes}): "
                 "each node is recorded at a step of its own"
             )
+        if self.path_nodes < 2:
+            unread = ("backtracking_interval",) + (() if self.path_nodes else ("degradation_steps",))
+            refuse_unread(self, unread, f"with path_nodes {self.path_nodes}")
 
 
 class DisBack(DMD2):

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from fastdiff.methods._pixel_adversarial import PixelAdversary
 from fastdiff.methods._rollout import drawn_step, student_sample
 from fastdiff.methods._score_gap import ScoreGap, ScoreGapConfig
+from fastdiff.methods._unread import refuse_unread
 from fastdiff.methods.base import (
     Batch,
     Context,
@@ -60,6 +61,10 @@ class FlashDMDConfig(ScoreGapConfig):
         super().__post_init__()
         check_not_negative(gan_weight=self.gan_weight, gan_r1_weight=self.gan_r1_weight)
         check_positive(discriminator_learning_rate=self.discriminator_learning_rate)
+        if self.gan_weight == 0:
+            refuse_unread(self, ("gan_loss", "gan_r1_weight", "discriminator_learning_rate"), "with gan_weight 0")
+        if self.high_noise_steps == 1:
+            refuse_unread(self, ("multi_step_input",), "with high_noise_steps 1, whose one step starts from noise")
         if not 0 < self.fake_score_decay <= 1:
             raise ValueError(f"fake_score_decay must be above 0 and at most 1, got {self.fake_score_decay}")
         if not 0 < self.high_noise_steps <= len(self.timesteps):

@@ -13,6 +13,7 @@ from fastdiff.diffusion.tensors import DeviceTable, broadcast_to
 from fastdiff.methods._adversarial import Adversary, FeatureBlocks, GanLoss, NoiseLaw
 from fastdiff.methods._rollout import MultiStepInput, student_sample
 from fastdiff.methods._routed_student import RoutedStudent, RoutedStudentConfig
+from fastdiff.methods._unread import refuse_unread
 from fastdiff.methods.base import (
     Batch,
     Context,
@@ -71,6 +72,8 @@ class LADDConfig(RoutedStudentConfig):
         check_falling(self.timesteps)
         if self.update_rule == "exclusive" and self.student_update_every == 1:
             raise ValueError("with update_rule exclusive, student_update_every 1 never trains the discriminator")
+        if self.noise_law == "uniform":
+            refuse_unread(self, ("noise_mean", "noise_std"), "with noise_law uniform")
         self._check_probabilities()
 
     def _check_probabilities(self) -> None:

@@ -21,6 +21,7 @@ from fastdiff.diffusion.losses import mse
 from fastdiff.diffusion.prediction import Prediction
 from fastdiff.diffusion.tensors import compute_dtype
 from fastdiff.methods._score_gap import ScoreGap, ScoreGapConfig
+from fastdiff.methods._unread import refuse_unread
 from fastdiff.methods.base import Batch, Context, Group, MethodInfo, any_time, check_positive
 from fastdiff.models.conditioning import Conditioning
 from fastdiff.models.denoiser import Ask, Denoiser
@@ -151,6 +152,14 @@ class BSD(ScoreLoss):
         return real.levels[0] * denoising.lerp(guidance, share.clamp(0, 1))
 
 
+_UNREAD = {
+    "sds": ("bsd_ratio", "fake_score_learning_rate"),
+    "csd": ("guidance_scale", "bsd_ratio", "fake_score_learning_rate"),
+    "vsd": ("bsd_ratio",),
+    "bsd": ("guidance_scale", "fake_score_learning_rate"),
+}
+
+
 @dataclass(frozen=True)
 class ScoreDistillationConfig(ScoreGapConfig):
     """The papers optimise single scenes; for students these are baselines.
@@ -174,6 +183,7 @@ class ScoreDistillationConfig(ScoreGapConfig):
                 f"{self.score_loss} trains no fake score, so that there is nothing to do between the student's steps: "
                 "leave student_update_every at 1 and update_rule at 'every'"
             )
+        refuse_unread(self, _UNREAD[self.score_loss], f"with score_loss {self.score_loss}")
 
 
 class ScoreDistillation(ScoreGap):

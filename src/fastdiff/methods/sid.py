@@ -12,6 +12,7 @@ from fastdiff.diffusion.losses import mse
 from fastdiff.diffusion.prediction import Prediction
 from fastdiff.diffusion.tensors import broadcast_to
 from fastdiff.methods._score_identity import Scored, ScoreIdentity, ScoreIdentityConfig, dot
+from fastdiff.methods._unread import refuse_unread
 from fastdiff.methods.base import MethodInfo, check_not_negative, check_positive
 
 Distance = Literal["l2", "l1", "pseudo_huber"]
@@ -43,6 +44,8 @@ class SiDConfig(ScoreIdentityConfig):
                 f"alpha {self.alpha} belongs to the squared distance: {self.distance} has only the gradient with the "
                 "sampling law held fixed, which is alpha 1. Set alpha to 1, or distance to l2."
             )
+        if self.distance != "pseudo_huber":
+            refuse_unread(self, ("huber_c",), f"with distance {self.distance}")
 
 
 class SiD(ScoreIdentity):

@@ -10,6 +10,7 @@ from torch import Tensor
 from fastdiff.diffusion.divergences import DivergenceName, divergence_named
 from fastdiff.diffusion.tensors import broadcast_to
 from fastdiff.methods._score_identity import LOGIT_BOUND, Scored, ScoreIdentity, ScoreIdentityConfig, dot
+from fastdiff.methods._unread import refuse_unread
 from fastdiff.methods.base import MethodInfo
 
 OFFICIAL = ("rkl", "fkl", "jeffreys")
@@ -47,6 +48,13 @@ class UniInstructConfig(ScoreIdentityConfig):
                 f"divergence {self.divergence!r} takes the density ratio from the discriminator: "
                 "gan_discriminator_weight must be above 0, or the divergence rkl"
             )
+        if self.divergence != "power":
+            refuse_unread(self, ("power",), f"with divergence {self.divergence}")
+
+    @property
+    def adversarial(self) -> bool:
+        """Whether a discriminator is trained: for its term, or for the ratio."""
+        return super().adversarial or self.divergence != "rkl"
 
 
 class UniInstruct(ScoreIdentity):
@@ -88,11 +96,6 @@ class UniInstruct(ScoreIdentity):
     def __init__(self, config: UniInstructConfig) -> None:
         super().__init__(config)
         self.divergence = divergence_named(config.divergence, config.power)
-
-    @property
-    def adversarial(self) -> bool:
-        """Whether a discriminator is trained: for its term, or for the ratio."""
-        return super().adversarial or self.config.divergence != "rkl"
 
     def sample_loss(self, scored: Scored) -> Tensor:
         """The surrogate of the config's mode."""
