@@ -24,8 +24,8 @@ HEAD = """# Methods
 Made by `python eval/methods_page.py`; do not edit. `fastdiff distill --method NAME --help` explains every option, and
 the equation stands in the docstring of `src/fastdiff/methods/`. "needs" is what the data must hold with the default settings; "LoRA"
 and "full" are the kinds of student. `ladd`, `rcm` and the methods of the distribution-matching and Fisher families
-but `score_matching` also make several students that share the prompts (`students`). All of these but `disback` and
-`phased_dmd`, `score_matching` and the methods on pairs make smaller ones (`student_width` and the like). "embedded
+but `score_matching` also make several students that share the prompts (`students`). `score_matching`, the
+methods on pairs and all of these but `disback` and `phased_dmd` make smaller ones (`student_width` and the like). "embedded
 teacher" is the best of the scores below, as a mean over seeds.
 """
 START = """

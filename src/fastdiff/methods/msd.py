@@ -28,9 +28,9 @@ class MSD(DMD2):
 
     Nothing is shared but the frozen teacher, so one run trains one student: a recipe lists K of them as stages, or K
     machines take one each. The router f is deterministic, covers every condition and gives parts of equal size
-    (`Router`). With one student nothing is split, and this is DMD2. Every other method of
-    distribution matching or Fisher divergences that distils, `ladd` and `rcm` take `students`, too (`method: f_distill`
-    with `students: 4`), and all of them but `disback` and `phased_dmd` the sizes below.
+    (`Router`). With one student nothing is split, and this is DMD2. Every other method of distribution
+    matching or Fisher divergences that distils, `ladd` and `rcm` take `students`, too (`method: f_distill` with
+    `students: 4`), and all of them but `disback` and `phased_dmd` the sizes below.
 
     A student may be a smaller full network, whose fake score, if full, is as small. It is first fitted to the teacher's
     scores by `score_matching` with the same sizes; `init_from` that run gives its weights to both.
