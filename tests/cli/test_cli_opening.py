@@ -34,3 +34,11 @@ def test_encoders_that_rest_stay_where_they_are(tiny_sd):
         getattr(tiny_sd, name).to = seen.append
     teacher.to("meta")
     assert [len(seen) for seen in parts.values()] == [1, 0, 0]
+
+
+def test_a_scheduler_that_does_not_count_a_thousand_times_is_refused(tiny_sd):
+    from diffusers import DDIMScheduler
+
+    tiny_sd.scheduler = DDIMScheduler.from_config(tiny_sd.scheduler.config, num_train_timesteps=400)
+    with pytest.raises(RecipeError, match=r"400 training timesteps.*1000"):
+        prepare(Teacher(tiny_sd), TeacherOptions(), "cpu")

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from fastdiff.diffusion.prediction import PredictionKind
-from fastdiff.diffusion.schedules import LAST_INDEX, NoiseSchedule, is_flow, schedule_from_config
+from fastdiff.diffusion.schedules import NoiseSchedule, is_flow, schedule_from_config
 from fastdiff.models.absent import absent_parts
 from fastdiff.models.codec import Codec
 from fastdiff.models.conditioning import Conditioning
@@ -85,11 +85,6 @@ class Teacher:
         self.network: nn.Module = getattr(pipeline, self.family.network_name).requires_grad_(False).eval()
         self.codec: Codec = self.family.codec(pipeline.vae)
         self.schedule = self.schedule_at(self.default_resolution)
-        if self.schedule.indices != LAST_INDEX + 1:
-            raise ValueError(
-                f"the teacher's scheduler numbers {self.schedule.indices} training timesteps; methods and samplers here "
-                f"count {LAST_INDEX + 1}"
-            )
         self.prediction_type = prediction_type_of(scheduler_config(pipeline))
         self._home: torch.device | None = None
         self._fingerprint: str | None = None

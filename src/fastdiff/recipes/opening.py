@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from fastdiff.data import ChosenData, ImageTransform, PromptData, TrainingData, open_training_data
+from fastdiff.diffusion.schedules import LAST_INDEX
 from fastdiff.engine import Settings, chosen_data
 from fastdiff.methods import Method
 from fastdiff.models.teacher import Teacher, TeacherLike
@@ -46,9 +47,14 @@ def prepare(
     """Autoencoder, storage type, device and attention of a teacher, as the options say; a device gets what was cast.
 
     Raises:
-        RecipeError: if the network is in half precision that cannot be trained, or is to be cast without a type to
-            cast to.
+        RecipeError: if its times are not numbered as methods number them, if its network is in half precision that
+            cannot be trained, or is to be cast without a type to cast to.
     """
+    if teacher.schedule.indices != LAST_INDEX + 1:
+        raise RecipeError(
+            f"the teacher's scheduler numbers {teacher.schedule.indices} training timesteps (that of a student which "
+            f"starts late is cut), and methods count {LAST_INDEX + 1}: give a teacher with its whole scheduler"
+        )
     if options.pretrained_vae_model_name_or_path:
         _replace_autoencoder(teacher, options)
     if next(teacher.network.parameters()).dtype == torch.float16:
