@@ -91,7 +91,9 @@ class Settings:
     validation_samples: int = setting(64, "samples behind the number that picks checkpoints/best; 0 keeps no best")
     report_to: str = setting("tensorboard", "tracker: tensorboard, wandb, trackio ... or none")
     tracker_project_name: str = setting("fastdiff", "project name at the tracker")
-    log_every: int = setting(10, "steps between reads of the metrics, the only host synchronisation")
+    log_every: int = setting(
+        10, "steps between reads of the metrics, the only host synchronisation of a single process"
+    )
     dataloader_num_workers: int = setting(0, "loader processes")
 
     def __post_init__(self) -> None:

@@ -139,9 +139,8 @@ class Trainer:
             bar.update()
             if self.step % self.settings.log_every == 0 or self.step == last:
                 self._read_metrics(tracker, bar)
-            due = self.step % self.settings.checkpointing_steps == 0 or self.step == last
-            stop = self._any_process(interrupts.requested is not None, due)
-            if due or stop:
+            stop = self._any_process(interrupts.requested is not None)
+            if self.step % self.settings.checkpointing_steps == 0 or self.step == last or stop:
                 self._read_metrics(tracker, bar)
                 self.save()
                 saved = self.step
@@ -258,12 +257,10 @@ class Trainer:
     def _validates(self) -> bool:
         return self.step % self.settings.validation_steps == 0 or self.step == self.settings.max_train_steps
 
-    def _any_process(self, flag: bool, due: bool) -> bool:
-        """Whether any process wants to stop; several ask each other, which waits for the device, every `log_every`."""
+    def _any_process(self, flag: bool) -> bool:
+        """Whether any process wants to stop; several wait for the device to know, since a signal's grace may be short."""
         if self.accelerator.num_processes == 1:
             return flag
-        if not (due or self.step % self.settings.log_every == 0):
-            return False
         return bool(global_mean(torch.tensor(float(flag), device=self.device)).item())
 
     # Checkpointing

@@ -64,9 +64,8 @@ def teacher_license(source: str | Path, revision: str | None = None, token: str 
             return None
     data = ModelCard.load(path, ignore_metadata_errors=True).data
     link = data.license_link
-    if (
-        link and "://" not in link and not folder.exists()
-    ):  # a file beside the teacher's card, not beside the student's
+    if link and "://" not in link and not folder.exists():
+        # A file beside the teacher's card is not beside the student's.
         link = f"https://huggingface.co/{source}/blob/{revision or 'main'}/{link}"
     if not data.license or (data.license == "other" and not (data.license_name and link)):
         return None

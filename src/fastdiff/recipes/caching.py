@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -13,7 +12,7 @@ from fastdiff.data import DataKind, ImageTextData, ImageTransform, PromptData, o
 from fastdiff.engine.caching import build_cache
 from fastdiff.recipes.errors import RecipeError
 from fastdiff.recipes.opening import open_teacher
-from fastdiff.recipes.options import DataOptions, TeacherOptions
+from fastdiff.recipes.options import DataOptions, TeacherOptions, picked
 
 
 def cache(
@@ -32,13 +31,13 @@ def cache(
     Raises:
         RecipeError, FileNotFoundError, ValueError: bad options, teacher or data.
     """
-    options = _picked(DataOptions, values)
+    options = picked(DataOptions, values)
     if options.data is None:
         raise RecipeError("no data was given: pass --data prompts or captioned images")
     kind = recognise(options.data)
     if kind is DataKind.CACHE:
         raise RecipeError(f"{options.data} is a cache already")
-    teacher = open_teacher(_picked(TeacherOptions, values), "cpu")
+    teacher = open_teacher(picked(TeacherOptions, values), "cpu")
     teacher.encoders_to("cuda" if torch.cuda.is_available() else "cpu")
     resolution = resolution or teacher.default_resolution
     teacher.latent_shape(resolution)
@@ -56,10 +55,6 @@ def cache(
     data = _first(data, options.max_train_samples)
     count = build_cache(Path(output), teacher, data, resolution, seed, encode_batch_size, shard_size)
     return count, data.rejects.summary()
-
-
-def _picked(cls: type, values: Mapping[str, Any]) -> Any:
-    return cls(**{field.name: values[field.name] for field in dataclasses.fields(cls) if field.name in values})
 
 
 def _first(data: PromptData | ImageTextData, count: int | None) -> PromptData | ImageTextData:

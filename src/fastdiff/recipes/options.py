@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Literal
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from typing import Any, Literal
 
 
 @dataclass(frozen=True)
@@ -79,6 +80,11 @@ class HubOptions:
     license: str | None = None
     license_name: str | None = None
     license_link: str | None = None
+
+
+def picked(cls: type, values: Mapping[str, Any]) -> Any:
+    """One of these classes from the options that are its own."""
+    return cls(**{field.name: values[field.name] for field in fields(cls) if field.name in values})
 
 
 SECRET = ("hub_token",)

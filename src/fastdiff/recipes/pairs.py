@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -13,7 +12,7 @@ from fastdiff.data import ImageTextData, ImageTransform, open_training_data
 from fastdiff.engine.pairs import PairSettings, build_pairs
 from fastdiff.recipes.errors import RecipeError
 from fastdiff.recipes.opening import open_teacher
-from fastdiff.recipes.options import DataOptions, TeacherOptions
+from fastdiff.recipes.options import DataOptions, TeacherOptions, picked
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
@@ -47,7 +46,7 @@ def pairs(
     Raises:
         RecipeError, FileNotFoundError, ValueError: bad options, teacher or data.
     """
-    data, teacher_options, settings = (_picked(cls, values) for cls in (DataOptions, TeacherOptions, PairSettings))
+    data, teacher_options, settings = (picked(cls, values) for cls in (DataOptions, TeacherOptions, PairSettings))
     if data.data is None:
         raise RecipeError("no prompts were given: pass --prompts a prompt file (or captioned images, for captions)")
     if bool(settings.real_share) != (real_images is not None):
@@ -84,7 +83,3 @@ def _images(path: str | None, data: DataOptions, resolution: int, seed: int) -> 
         max_rejected=data.max_rejected,
         seed=seed,
     )
-
-
-def _picked(cls: type, values: Mapping[str, Any]) -> Any:
-    return cls(**{field.name: values[field.name] for field in dataclasses.fields(cls) if field.name in values})
