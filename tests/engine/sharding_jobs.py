@@ -7,17 +7,20 @@ import json
 import multiprocessing
 import os
 import pickle
-import socket
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
+from accelerate import Accelerator
 from engine_helpers import PROMPTS, Latents
 from safetensors.torch import save_file
 from torch.multiprocessing import start_processes
 
 from fastdiff.engine import Settings, Trainer
+from fastdiff.engine.distributed import leave_together
 from fastdiff.engine.sharding import local
 from fastdiff.methods import DMD2, LCM, DMD2Config, LCMConfig
 from fastdiff.models.denoiser import Taps
@@ -107,6 +110,16 @@ def distill(teacher: Path, folder: Path, **settings) -> None:
     fastdiff.distill(teacher, "dmd2", list(PROMPTS), output_dir=str(folder), **(defaults | settings))
 
 
+def part(folder: Path) -> None:
+    """The other process comes late; the first must still be there."""
+    if Accelerator().process_index == 1:
+        time.sleep(1)
+        (folder / "late").touch()
+    leave_together()
+    assert (folder / "late").exists()
+    assert not dist.is_initialized()
+
+
 def _write_weights(run: Trainer, folder: Path) -> None:
     found = {f"{group}/{name}": t for group, tensors in run.tensor_groups().items() for name, t in tensors.items()}
     if run.is_main:
@@ -125,17 +138,18 @@ def launch(job: Callable, processes: int, *arguments: Any, node: int | None = No
         node: how many of them make a node, where one machine stands for several.
     """
     multiprocessing.set_forkserver_preload(["accelerate", "fastdiff.engine", "fastdiff.models.teacher"])
-    with socket.socket() as found:
-        found.bind(("127.0.0.1", 0))
-        port = found.getsockname()[1]
-    world = {"WORLD_SIZE": processes, "LOCAL_WORLD_SIZE": node or processes, "MASTER_PORT": port}
+    # Hosted here, as torchrun does it: nobody can take the port first, and the first to exit does not end it.
+    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    world = {"WORLD_SIZE": processes, "LOCAL_WORLD_SIZE": node or processes, "MASTER_PORT": store.port}
     work = pickle.dumps((job, arguments, settings))  # by value: shared tensors would be more files than one may pass
     start_processes(_work, (world, work), processes, start_method="forkserver")
 
 
 def _work(rank: int, world: dict[str, int], work: bytes) -> None:
     told = world | {"RANK": rank, "LOCAL_RANK": rank, "MASTER_ADDR": "127.0.0.1", "ACCELERATE_USE_CPU": "true"}
+    told |= {"TORCHELASTIC_USE_AGENT_STORE": True}
     os.environ.update({name: str(value) for name, value in told.items()})
     torch.set_num_threads(1)
     job, arguments, settings = pickle.loads(work)
     job(*arguments, **settings)
+    leave_together()

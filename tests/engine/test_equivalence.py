@@ -80,6 +80,7 @@ import torch
 import conftest as pipelines
 from engine_helpers import PROMPTS, Pairs, weights
 from fastdiff.engine import Settings, Trainer
+from fastdiff.engine.distributed import leave_together
 from fastdiff.methods import DMD2, LCM, SCM, DMD2Config, LCMConfig, RectifiedFlow, RectifiedFlowConfig, SCMConfig
 from fastdiff.models.teacher import Teacher
 trainer = Trainer({method}, Teacher(pipelines.build_tiny_sd(), "tiny"), Pairs(PROMPTS),
@@ -95,6 +96,7 @@ if trainer.is_main:
     kept = {{k: v.contiguous() for k, v in weights(trainer).items() if not k.startswith("optimizer")}}
     save_file(kept, {folder!r} + "/weights.safetensors")
     json.dump([trainer.accelerator.num_processes, losses], open({folder!r} + "/losses.json", "w"))
+leave_together()
 """
 
 
@@ -113,7 +115,10 @@ def _launch(folder: Path, method: str, processes: int, batch: int) -> tuple[int,
     command += ["--mixed_precision", "no", "--dynamo_backend", "no"]
     command += ["--multi_gpu", "--main_process_port", "0"] if processes > 1 else []
     environment = os.environ | {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
-    subprocess.run([*command, str(script)], env=environment, check=True, capture_output=True, cwd=ROOT, timeout=300)
+    ended = subprocess.run(
+        [*command, str(script)], env=environment, capture_output=True, text=True, cwd=ROOT, timeout=300
+    )
+    assert ended.returncode == 0, ended.stderr
     return json.loads((folder / "losses.json").read_text())
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 from safetensors.torch import load_file
-from sharding_jobs import launch, train
+from sharding_jobs import launch, part, train
 
 from fastdiff.engine import announced
 from fastdiff.engine.announced import announced_processes
@@ -71,6 +71,12 @@ def test_one_failing_process_ends_all_and_the_run_goes_on(_sd_original, tmp_path
     assert sorted(path.name for path in (folder / "checkpoints").glob("step-*")) == ["step-3", "step-4"]
     launch(train, 2, _sd_original, "full", folder, 2, max_train_steps=6, resume_from_checkpoint="latest")
     assert load_file(folder / "checkpoints" / "step-6" / "student.safetensors")
+
+
+@pytest.mark.launch
+def test_processes_leave_together(tmp_path):
+    """One that exits early may break the other's last exchange, and a run that has done all its work then fails."""
+    launch(part, 2, tmp_path)
 
 
 @pytest.mark.slow

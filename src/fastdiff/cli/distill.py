@@ -34,9 +34,11 @@ def main(arguments: list[str]) -> int:
 
     resolve(given, config)  # what is wrong with the words is said before torch is imported
     show_progress_only()
+    from fastdiff.engine.distributed import leave_together
     from fastdiff.recipes.run import distill
 
     student = distill(config=config, **given)
+    leave_together()
     if os.environ.get("RANK", "0") != "0":
         return 0
     steps, guidance = student.call["num_inference_steps"], student.call["guidance_scale"]

@@ -78,6 +78,20 @@ def global_mean(value: Tensor) -> Tensor:
     return value / dist.get_world_size()
 
 
+def leave_together() -> None:
+    """Ends a job of several processes: all wait for each other, then close their connections before they exit.
+
+    One that merely exits takes its connections from under another that may still be using them.
+    """
+    if not is_distributed():
+        return
+    from accelerate import PartialState
+
+    state = PartialState()
+    state.wait_for_everyone()
+    state.destroy_process_group()
+
+
 def warn_if_alone(world: int) -> None:
     """Warns when a launcher announced several processes but this one runs alone.
 
