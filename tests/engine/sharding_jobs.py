@@ -7,11 +7,13 @@ import json
 import multiprocessing
 import os
 import pickle
+import signal
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 import torch.distributed as dist
 from accelerate import Accelerator
@@ -21,6 +23,7 @@ from torch.multiprocessing import start_processes
 
 from fastdiff.engine import Settings, Trainer
 from fastdiff.engine.distributed import leave_together
+from fastdiff.engine.metrics import DeferredMetrics, NonFiniteError
 from fastdiff.engine.sharding import local
 from fastdiff.methods import DMD2, LCM, DMD2Config, LCMConfig
 from fastdiff.models.denoiser import Taps
@@ -108,6 +111,37 @@ def distill(teacher: Path, folder: Path, **settings) -> None:
     defaults = {"max_train_steps": 2, "validation_steps": 2, "validation_samples": 4, "report_to": "none"}
     defaults |= {"train_batch_size": 2, "fsdp": "full_shard", "resolution": 32, "ema_decay": 0.5, "log_every": 1}
     fastdiff.distill(teacher, "dmd2", list(PROMPTS), output_dir=str(folder), **(defaults | settings))
+
+
+def stopped(pipeline: Any, folder: Path, world: int) -> None:
+    """One process gets a signal in step 2; both stop after step 3 with one checkpoint."""
+    run = trainer(pipeline, "lora", folder, world, fsdp="no", max_train_steps=6, checkpointing_steps=100)
+    step, second = run.train_step, run.accelerator.process_index == 1
+
+    def interrupted(batches: list) -> None:
+        if second and run.step == 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+        step(batches)
+
+    run.train_step = interrupted
+    assert run.train() == ("SIGTERM" if second else "another process")
+    assert run.step == 3
+    assert [path.name for path in (folder / "checkpoints").glob("step-*")] == ["step-3"]
+
+
+def metered() -> None:
+    """Shared metrics are means over processes, others are a process's own; who is not finite is known to both."""
+    second = Accelerator().process_index == 1
+    metrics = DeferredMetrics()
+    for step in (1, 2):
+        metrics.add("own", torch.tensor(7.0 if second else 5.0), step)
+        metrics.add("loss/a", torch.tensor(step + 2.0 * second), step, shared=True)
+    assert metrics.read() == {"loss/a": 2.5, "own": 7.0 if second else 5.0}
+    for step in (3, 4):
+        bad = float("nan") if second and step == 4 else 1.0
+        metrics.add("loss/a", torch.tensor(bad), step, shared=True)
+    with pytest.raises(NonFiniteError, match="loss/a is not finite at step 4"):
+        metrics.read()
 
 
 def part(folder: Path) -> None:

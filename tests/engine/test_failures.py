@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 from safetensors.torch import load_file
-from sharding_jobs import launch, part, train
+from sharding_jobs import launch, metered, part, stopped, train
 
 from fastdiff.engine import announced
 from fastdiff.engine.announced import announced_processes
@@ -71,6 +71,16 @@ def test_one_failing_process_ends_all_and_the_run_goes_on(_sd_original, tmp_path
     assert sorted(path.name for path in (folder / "checkpoints").glob("step-*")) == ["step-3", "step-4"]
     launch(train, 2, _sd_original, "full", folder, 2, max_train_steps=6, resume_from_checkpoint="latest")
     assert load_file(folder / "checkpoints" / "step-6" / "student.safetensors")
+
+
+@pytest.mark.launch
+def test_a_signal_to_one_process_stops_all_at_the_same_step(_sd_original, tmp_path):
+    launch(stopped, 2, _sd_original, tmp_path, 2)
+
+
+@pytest.mark.launch
+def test_metrics_of_two_processes():
+    launch(metered, 2)
 
 
 @pytest.mark.launch

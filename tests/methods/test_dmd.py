@@ -194,7 +194,10 @@ def test_trains_adapters_on_pairs_through_decoder_and_scorer(tiny_sd, tmp_path):
     teacher = Teacher(tiny_sd, "tiny")
     trainer = Trainer(DMD(DMDConfig()), teacher, Pairs(["a red apple", "a dog", "blue cat"]), settings)
     names = set()
-    trainer.metrics.add, add = lambda name, *rest: (names.add(name), add(name, *rest)), trainer.metrics.add
+    trainer.metrics.add, add = (
+        lambda name, *rest, **how: (names.add(name), add(name, *rest, **how)),
+        trainer.metrics.add,
+    )
     assert trainer.train() == "done"
     assert {"loss/student/regression", "loss/student/distribution_matching", "loss/fake_score/denoising"} <= names
     trained = {id(p) for role in ("student", "fake_score") for p in trainer.networks.roles.parameters(role)}

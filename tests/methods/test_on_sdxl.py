@@ -38,7 +38,10 @@ def test_two_steps_move_what_is_trained_and_leave_the_teacher_alone(method, kind
     before = frozen_weights(tiny_sdxl)
     trainer = tiny_trainer(method(config), tiny_sdxl, tmp_path, data=Pairs, max_train_steps=2, **settings)
     names = set()
-    trainer.metrics.add, add = lambda name, *rest: (names.add(name), add(name, *rest)), trainer.metrics.add
+    trainer.metrics.add, add = (
+        lambda name, *rest, **how: (names.add(name), add(name, *rest, **how)),
+        trainer.metrics.add,
+    )
     old = {name: [p.detach().clone() for p in trainer.networks.parameters(name)] for name in trainer.optimizers}
     assert {"student", *method.critics} <= old.keys()
     assert trainer.train() == "done"  # each step's losses are read, which refuses any that is not finite

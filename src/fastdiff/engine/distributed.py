@@ -78,6 +78,49 @@ def global_mean(value: Tensor) -> Tensor:
     return value / dist.get_world_size()
 
 
+def global_minimum(value: Tensor) -> Tensor:
+    """The minimum over processes of a detached tensor, element by element."""
+    if not is_distributed():
+        return value
+    value = value.detach().clone()
+    dist.all_reduce(value, dist.ReduceOp.MIN)
+    return value
+
+
+class Vote:
+    """Asks at every step whether any process wants to stop, and tells it a step later, so that no host waits.
+
+    Alone, a process is told at once.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self._wishes: Tensor | None = None
+        self._arrived: torch.Event | None = None
+
+    def __call__(self, wish: bool) -> bool:
+        """Takes part; all processes must. Returns whether any wished so when last asked."""
+        if not is_distributed():
+            return wish
+        answer = self._last()
+        wishes = torch.full((), float(wish), device=self.device)
+        dist.all_reduce(wishes)
+        self._wishes = wishes
+        if self.device.type != "cpu":
+            self._wishes = torch.empty_like(wishes, device="cpu", pin_memory=wishes.is_cuda)
+            self._wishes.copy_(wishes, non_blocking=True)
+            self._arrived = torch.Event(self.device)
+            self._arrived.record()
+        return answer
+
+    def _last(self) -> bool:
+        if self._wishes is None:
+            return False
+        if self._arrived is not None:
+            self._arrived.synchronize()  # of the step before this one, which the device has long done
+        return self._wishes.item() > 0
+
+
 def leave_together() -> None:
     """Ends a job of several processes: all wait for each other, then close their connections before they exit.
 

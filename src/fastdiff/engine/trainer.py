@@ -16,7 +16,7 @@ from fastdiff.data.source import TrainingData
 from fastdiff.diffusion.randomness import Randomness, stream_seed
 from fastdiff.engine.batches import Batches
 from fastdiff.engine.checkpoints import Checkpoints
-from fastdiff.engine.distributed import global_mean, warn_if_alone
+from fastdiff.engine.distributed import Vote, global_mean, warn_if_alone
 from fastdiff.engine.files import writable_folder
 from fastdiff.engine.interrupts import Interrupts
 from fastdiff.engine.memory import peak_memory, state_memory
@@ -96,6 +96,7 @@ class Trainer:
         self.batches = Batches(data, teacher, settings, self.device, rank, world)
         self.checkpoints = Checkpoints(self.folder / "checkpoints", settings.checkpoints_total_limit)
         self.metrics = DeferredMetrics()
+        self.vote = Vote(self.device)
         self.step = 0
         self.best: float | None = None
         self.seconds = 0.0
@@ -139,7 +140,7 @@ class Trainer:
             bar.update()
             if self.step % self.settings.log_every == 0 or self.step == last:
                 self._read_metrics(tracker, bar)
-            stop = self._any_process(interrupts.requested is not None)
+            stop = self.vote(interrupts.requested is not None)
             if self.step % self.settings.checkpointing_steps == 0 or self.step == last or stop:
                 self._read_metrics(tracker, bar)
                 self.save()
@@ -195,7 +196,7 @@ class Trainer:
         )
         terms = update.loss(batch, ctx)
         for name, term in terms.items():
-            self.metrics.add(f"loss/{update.name}/{name}", global_mean(term.detach()), self.step + 1)
+            self.metrics.add(f"loss/{update.name}/{name}", term, self.step + 1, shared=True)
         # Sharded, they would need every gradient whole at once.
         if len(terms) > 1 and self.step % (10 * self.settings.log_every) == 0 and not self.networks.sharded:
             self._term_gradients(update, terms)
@@ -256,12 +257,6 @@ class Trainer:
 
     def _validates(self) -> bool:
         return self.step % self.settings.validation_steps == 0 or self.step == self.settings.max_train_steps
-
-    def _any_process(self, flag: bool) -> bool:
-        """Whether any process wants to stop; several wait for the device to know, since a signal's grace may be short."""
-        if self.accelerator.num_processes == 1:
-            return flag
-        return bool(global_mean(torch.tensor(float(flag), device=self.device)).item())
 
     # Checkpointing
 
