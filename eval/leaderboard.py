@@ -18,11 +18,17 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[1]
 
 
-def students(recipe: Any, folder: Path) -> list[Path]:
-    """The student's folder, or those of all stages; the last is scored, or all that share the prompts."""
+def students(recipe: Any, folder: Path, stage: str | None = None) -> list[Path]:
+    """The student's folder, or those of all stages up to `stage`; the last is scored, or all that share the prompts."""
     from fastdiff.recipes.stages import stage_folders
 
-    return [own / "student" for own in (stage_folders(recipe) if recipe.stages else [folder])]
+    owns = stage_folders(recipe) if recipe.stages else [folder]
+    if stage is not None:
+        names = [own.name.split("-", 2)[2] for own in owns] if recipe.stages else []
+        if stage not in names:
+            raise SystemExit(f"--stage {stage}: the recipe's stages are {', '.join(names) or 'none'}")
+        owns = owns[: names.index(stage) + 1]
+    return [own / "student" for own in owns]
 
 
 def train(recipe: Path, seed: int, folder: Path, student: Path, extra: list[str]) -> list[str]:
@@ -58,6 +64,10 @@ def main() -> None:
     parser.add_argument(
         "--steps", type=int, nargs="+", help="sampling steps; those the student was trained for by default"
     )
+    parser.add_argument(
+        "--stage",
+        help="of a recipe with stages, the one whose student is scored; give --steps too. The last by default",
+    )
     parser.add_argument("--protocol", default="emoji-2k/tower-v1")
     parser.add_argument("--baselines", type=Path, default=SHIPPED)
     parser.add_argument("--runs", type=Path, default=ROOT / "runs" / "leaderboard")
@@ -71,8 +81,8 @@ def main() -> None:
                 continue
             folder = arguments.runs / f"{recipe.stem}-{seed}"
             resolved = resolve({"output_dir": str(folder)}, recipe)
-            folders = students(resolved, folder)
-            command = train(recipe, seed, folder, folders[-1], extra)
+            folders = students(resolved, folder, arguments.stage)
+            command = train(recipe, seed, folder, folders[-1], extra)  # all stages, the scored one among them
             table = "matched" if float(resolved.values.get("guidance_scale", 1.0)) == 1.0 else "guided"
             for entry in entries_of(folders, table, recipe, seed, command, arguments, done):
                 # Read again: another process may have written rows meanwhile.

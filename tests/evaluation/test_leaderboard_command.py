@@ -90,6 +90,16 @@ def test_a_staged_run_is_scored_at_its_last_student_and_costs_all_of_its_stages(
     assert (found.train_network_passes, found.train_seconds, found.peak_memory_mib) == (130, 14.0, 900.0)
 
 
+def test_an_earlier_stage_costs_what_led_to_it(command, sampled, tmp_path):
+    (tmp_path / "a.yaml").write_text(STAGED)
+    recipe = resolve({"output_dir": str(tmp_path / "run")}, tmp_path / "a.yaml")
+    (found,) = entries(command, command.students(recipe, tmp_path / "run", "first"), [2])
+    assert sampled == [("stage-1-first", 2)]
+    assert (found.train_network_passes, found.train_seconds) == (100, 10.0)
+    with pytest.raises(SystemExit, match="--stage third: the recipe's stages are first, second"):
+        command.students(recipe, tmp_path / "run", "third")
+
+
 def test_a_run_without_stages_has_one_student(command, tmp_path):
     recipe = resolve({"method": "dmd2", "output_dir": str(tmp_path)}, None)
     assert command.students(recipe, tmp_path) == [tmp_path / "student"]
