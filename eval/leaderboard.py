@@ -109,13 +109,15 @@ def entries_of(folders: list[Path], table: str, recipe: Path, seed: int, command
     teacher = next(row for row in rows if row.name == "teacher")
     routed = [folder for folder in folders if (folder / ROUTER_FILE).is_file()]
     mixture = StudentMixture(routed) if routed else None
-    record, pipeline = student.record, mixture.pipeline(0) if mixture else student.pipeline()
+    record = student.record
     route = mixture.pipelines if mixture else None
     info = method_named(record.method).info
     for steps in arguments.steps or [len(student.sampler)]:
         if (recipe.stem, seed, steps) in done:
             continue
-        call = call_settings(student.folder, steps)
+        sampled = at_steps(student, steps)
+        pipeline = mixture.pipeline(0) if mixture else sampled.pipeline()
+        call = call_settings(sampled.folder, steps)
         guidance = call.pop("guidance_scale")
         call.pop("num_inference_steps")
         row = evaluate(pipeline, benchmark, steps, guidance, name=recipe.stem, route=route, extra=call)
@@ -141,6 +143,19 @@ def entries_of(folders: list[Path], table: str, recipe: Path, seed: int, command
             command=" ".join(command),
             commit=commit(),
         )
+
+
+def at_steps(student: Any, steps: int) -> Any:
+    """The student, or another export of its run if its weights hold where each of its own steps ends."""
+    from fastdiff.recipes import Student
+    from fastdiff.recipes.reexport import export_checkpoint
+
+    if not student.sampler.own_steps_only or steps == len(student.sampler):
+        return student
+    own = student.folder.with_name(f"student-{steps}-steps")
+    if (own / "fastdiff.json").is_file():
+        return Student(own)
+    return export_checkpoint(student.folder.parent, own, num_inference_steps=steps)
 
 
 if __name__ == "__main__":

@@ -51,6 +51,18 @@ def test_runs_export_what_stock_diffusers_samples(
         assert trained["time_embedding.cond_proj.weight"].any()
 
 
+def test_another_number_of_told_steps_is_another_export(tiny_sd_folder, image_folder, tmp_path, capsys):
+    run, again = tmp_path / "run", tmp_path / "again"
+    distil(tiny_sd_folder, image_folder, run, "--method", "ctm", "--num_inference_steps", "4", "--eta", "0")
+    arguments = ["export", str(run), "--output", str(again), "--num_inference_steps"]
+    assert main([*arguments, "2"]) == 0
+    record = json.loads((again / "fastdiff.json").read_text())
+    assert record["load_back"]["ok"] and record["sampler"]["own_steps_only"]
+    assert record["sampler"]["timesteps"] == [999, 499] and call_settings(again)["num_inference_steps"] == 2
+    assert main([*arguments, "0"]) == 2
+    assert record == json.loads((again / "fastdiff.json").read_text())  # what was there is kept
+
+
 def distil(teacher, images, folder, *more):
     arguments = [
         "distill",

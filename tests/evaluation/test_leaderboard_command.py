@@ -31,11 +31,15 @@ def command():
 class FakeStudent:
     """A folder's record; its pipeline is its own name, so that a test sees who was sampled."""
 
+    own = False
+
     def __init__(self, folder: Path):
         teacher = {"source": "embedded", "fingerprint": "f"}
         effort = EFFORTS[folder.parent.name]
         self.record = SimpleNamespace(method="progressive", kind="full", teacher=teacher, effort=effort)
-        self.sampler = type("Sampler", (), {"guidance_scale": 1.0, "__len__": lambda _: 2})()
+        self.sampler = type(
+            "Sampler", (), {"guidance_scale": 1.0, "__len__": lambda _: 2, "own_steps_only": self.own}
+        )()
         self.name, self.folder = folder.parent.name, folder
 
     def pipeline(self):
@@ -98,6 +102,17 @@ def test_an_earlier_stage_costs_what_led_to_it(command, sampled, tmp_path):
     assert (found.train_network_passes, found.train_seconds) == (100, 10.0)
     with pytest.raises(SystemExit, match="--stage third: the recipe's stages are first, second"):
         command.students(recipe, tmp_path / "run", "third")
+
+
+def test_weights_that_hold_their_own_steps_are_exported_for_others(command, sampled, tmp_path, monkeypatch):
+    def export_checkpoint(run, output, num_inference_steps):
+        assert output == run / f"student-{num_inference_steps}-steps"
+        return SimpleNamespace(folder=output, pipeline=lambda: f"{run.name} exported for {num_inference_steps}")
+
+    monkeypatch.setattr(FakeStudent, "own", True)
+    monkeypatch.setattr("fastdiff.recipes.reexport.export_checkpoint", export_checkpoint)
+    entries(command, [tmp_path / "stage-1-first" / "student"], [1, 2])
+    assert sampled == [("stage-1-first exported for 1", 1), ("stage-1-first", 2)]
 
 
 def test_a_run_without_stages_has_one_student(command, tmp_path):

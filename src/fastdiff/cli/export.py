@@ -22,6 +22,9 @@ def main(arguments: list[str]) -> int:
     parser.add_argument(
         "--tiny_decoder", type=Path, help="folder of an AutoencoderTiny that replaces the pipeline's autoencoder"
     )
+    parser.add_argument(
+        "--num_inference_steps", type=int, metavar="N", help="steps the student is meant to be run with [as trained]"
+    )
     flags = parser.parse_all(arguments)
     from fastdiff.recipes.recipe import run_folder_of
 
@@ -29,6 +32,8 @@ def main(arguments: list[str]) -> int:
     show_progress_only()
     from fastdiff.recipes.reexport import export_checkpoint
 
-    student = export_checkpoint(flags.source, flags.output, flags.format != "lora", flags.tiny_decoder)
+    student = export_checkpoint(
+        flags.source, flags.output, flags.format != "lora", flags.tiny_decoder, flags.num_inference_steps
+    )
     print(f"student: {student.folder} (loads back with error {student.record.load_back['max_error']:.1e})")
     return 0

@@ -17,13 +17,17 @@ from fastdiff.recipes.errors import RecipeError
 from fastdiff.recipes.exporting import export_run
 from fastdiff.recipes.opening import open_teacher
 from fastdiff.recipes.options import TeacherOptions
-from fastdiff.recipes.recipe import RECIPE_FILE, resolve, run_folder_of
+from fastdiff.recipes.recipe import RECIPE_FILE, Recipe, resolve, run_folder_of
 from fastdiff.recipes.starting import last_checkpoint
 from fastdiff.recipes.student import Student
 
 
 def export_checkpoint(
-    source: str | Path, output: str | Path, pipeline: bool = True, tiny_decoder: str | Path | None = None
+    source: str | Path,
+    output: str | Path,
+    pipeline: bool = True,
+    tiny_decoder: str | Path | None = None,
+    num_inference_steps: int | None = None,
 ) -> Student:
     """Rebuilds the networks of a run, loads a checkpoint and exports its student.
 
@@ -32,10 +36,13 @@ def export_checkpoint(
         output: the student folder to write.
         pipeline: False writes a LoRA student's LoRA files only.
         tiny_decoder: folder of an `AutoencoderTiny` for the teacher's latents, which takes the autoencoder's place.
+        num_inference_steps: steps the student is meant to be run with, if not those of the run. A student that was
+            told where each step ends has them in its exported weights, so each number of steps is an export of its own.
 
     Raises:
         FileNotFoundError: no run, no checkpoint, or no teacher.
-        ValueError: if a LoRA is asked of a full student, or the tiny decoder is not one of these latents.
+        ValueError: if a LoRA is asked of a full student, the tiny decoder is not one of these latents, or the method's
+            steps are not a number to choose.
         LoadBackError: if stock diffusers does not give the student back.
     """
     from accelerate import Accelerator
@@ -46,7 +53,7 @@ def export_checkpoint(
             "--tiny_decoder replaces a part of the whole pipeline, and LoRA files have none: leave it out"
         )
     run = run_folder_of(source)
-    recipe = resolve({}, run / RECIPE_FILE)
+    recipe = _at_steps(resolve({}, run / RECIPE_FILE), num_inference_steps)
     if source == run and last_checkpoint(run) is None:
         raise FileNotFoundError(f"{run} holds no finished checkpoint; train it first (`fastdiff distill`)")
     check_replaceable(output)
@@ -68,6 +75,17 @@ def export_checkpoint(
     if autoencoder is not None and len(set(trainer.method.experts())) > 1:
         raise RecipeError("several students have no whole pipeline whose autoencoder could be replaced")
     return export_run(trainer, recipe, output, pipeline=pipeline, autoencoder=autoencoder)
+
+
+def _at_steps(recipe: Recipe, steps: int | None) -> Recipe:
+    if steps is None:
+        return recipe
+    if "num_inference_steps" not in recipe.values:
+        raise RecipeError(
+            f"--num_inference_steps {steps}: {recipe.method} students sample at the times they were trained for "
+            "(`timesteps`): leave it out"
+        )
+    return recipe.changed(num_inference_steps=steps)
 
 
 def open_tiny_decoder(folder: str | Path, teacher: Teacher) -> Any:

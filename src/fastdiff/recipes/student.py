@@ -76,7 +76,7 @@ def call_settings(folder: str | Path, steps: int | None = None, guidance_scale: 
     if student and student.sampler.own_steps_only and call["num_inference_steps"] != len(student.sampler):
         raise RecipeError(
             f"{folder} was told where each of its {len(student.sampler)} steps ends, and that is part of its weights now: "
-            f"leave --num_inference_steps out, or train a student of {steps} steps"
+            f"leave --num_inference_steps out, or export the run again for {steps} steps (`fastdiff export --help`)"
         )
     return call
 
