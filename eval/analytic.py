@@ -2,6 +2,7 @@
 
     python eval/analytic.py
     python eval/analytic.py --methods dmd2 lcm --worlds gaussian --seeds 0
+    python eval/analytic.py --worlds kernel --seeds 0 --longer 10 --output eval/results/analytic_longer.json
 
 Rows are written to the output as they are done and skipped when they are there. A method that a world has nothing for
 gets a row that says why. How methods train: closed_forms/plans.py; what is measured: closed_forms/figures.py.
@@ -19,18 +20,18 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[1]
 
 
-def row_of(method: str, world: Any, seed: int, runs: Path) -> dict[str, Any]:
+def row_of(method: str, world: Any, seed: int, runs: Path, longer: int) -> dict[str, Any]:
     """Trains and judges."""
     from closed_forms.figures import figures, floor, score, undistilled
     from closed_forms.plans import plan
     from closed_forms.runs import run
 
     row = {"method": method, "teacher": world.name, "seed": seed}
-    stages = plan(method, world.name)
+    stages = plan(method, world.name, longer)
     if isinstance(stages, str):
         return row | {"reason": stages}
     try:
-        outcome = run(stages, world, seed, runs / f"{method}-{world.name}-{seed}", runs / "starts")
+        outcome = run(stages, world, seed, runs / f"{method}-{world.name}-{seed}-x{longer}", runs / "starts")
     except ValueError as error:
         return row | {"reason": str(error)}
     found = figures(world.build(), outcome.samples, outcome.labels)
@@ -87,6 +88,7 @@ def main() -> None:
     parser.add_argument("--methods", nargs="+", choices=names, default=names, metavar="METHOD")
     parser.add_argument("--worlds", nargs="+", choices=WORLDS, default=list(WORLDS))
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--longer", type=int, default=1, help="factor of the plans' steps; give another --output [1]")
     parser.add_argument("--runs", type=Path, default=ROOT / "runs" / "analytic")
     parser.add_argument("--output", type=Path, default=ROOT / "eval" / "results" / "analytic.json")
     parser.add_argument("--table", action="store_true", help="print what is done, and train nothing")
@@ -99,7 +101,7 @@ def main() -> None:
             for method in arguments.methods:
                 if (method, world, seed) in {key(row) for row in read_rows(arguments.output)}:
                     continue
-                row = row_of(method, WORLDS[world], seed, arguments.runs)
+                row = row_of(method, WORLDS[world], seed, arguments.runs, arguments.longer)
                 rows = sorted(
                     [*read_rows(arguments.output), row], key=lambda one: (names.index(key(one)[0]), *key(one)[1:])
                 )

@@ -6,7 +6,7 @@ Tuned lightly, on seed 0. What a method needs and a world lacks is said instead 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 
@@ -97,9 +97,10 @@ GENTLE = {  # factors of the world's learning rate and steps, for methods that i
 }
 
 
-def plan(method: str, world: str) -> list[Stage] | str:
-    """The stages of a method in a world, or why it has none."""
+def plan(method: str, world: str, longer: int = 1) -> list[Stage] | str:
+    """The stages of a method in a world, or why it has none; `longer` multiplies their steps."""
     effort = EFFORTS[world]
+    effort = replace(effort, score_steps=longer * effort.score_steps, path_steps=longer * effort.path_steps)
     if method in _STAGED:
         return _STAGED[method](effort, world)
     rate, share = GENTLE.get(method, (1.0, 1.0))
