@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 from method_helpers import SD, batch_of, context, denoiser_of, f64
-from straight_helpers import KINDS, LAW, A, Free, noise, pairs, stock_samples
+from straight_helpers import FLOW, KINDS, LAW, A, Free, noise, pairs, stock_samples
+from trajectory_helpers import orders
 
 from fastdiff.diffusion import Prediction, solve, teacher_times
 from fastdiff.methods.kd import KD, KDConfig
@@ -69,6 +70,17 @@ def test_pairs_made_on_the_way_are_those_of_a_store(case):
     ctx = context(denoiser, 4, {"online/noise": z[:, :, None, None]})
     found = online.student_loss(batch_of(4, 2), ctx)["regression"]
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=0)
+
+
+def test_residual_of_the_exact_map_is_of_first_order_in_the_teachers_step():
+    """On a flow, where the ODE's own map from plain noise is x0 = mean + A z."""
+    found, student = [], Free(A, LAW.mean, FLOW, "flow")
+    denoiser = denoiser_of(ExactNetwork(LAW, FLOW, "flow"), FLOW, "flow", student=student)
+    for steps in (5, 10, 20, 40):
+        terms = KD(KDConfig(online_steps=steps)).student_loss(batch_of(64, 2), context(denoiser, 64))
+        found.append(terms["regression"].item())
+    assert orders(found) == pytest.approx([1] * 3, abs=0.1)
+    assert orders(found)[-1] == pytest.approx(1, abs=0.03)
 
 
 def test_guidance_belongs_to_pairs_made_on_the_way():

@@ -17,7 +17,7 @@ from method_helpers import (
     run,
 )
 from torch import nn
-from trajectory_helpers import FLOW, JumpNet
+from trajectory_helpers import FLOW, JumpNet, behind_boundary, exact_map, gaussian_denoiser, orders, student_loss
 from trajectory_helpers import product_map as flow_product
 
 from fastdiff.data.rejects import Rejects
@@ -192,6 +192,27 @@ def test_guidance_is_one_more_than_the_papers_w():
     guided = denoiser(x, t, batch.cond, "teacher", batch.null, w + 1).x0
     expected = cond + w[:, None, None, None] * (cond - null)
     torch.testing.assert_close(guided, expected, rtol=1e-12, atol=1e-11)
+
+
+@pytest.mark.parametrize("index", [399, 799])
+@pytest.mark.parametrize(("schedule", "coarsest"), [(SD, 25), (FLOW, 5)], ids=["vp", "flow"])
+def test_residual_of_the_exact_consistency_function_is_of_second_order(schedule, coarsest, index):
+    """On the table behind the boundary weights, whose trajectory ends at index 0."""
+
+    def exact(x, t, s):
+        if schedule is FLOW:
+            return exact_map(FLOW)(x, t, s)
+        return behind_boundary(exact_map()(x, t, torch.zeros_like(s)), x, t)
+
+    found = []
+    for points in (coarsest * 2**k for k in range(4)):
+        number = torch.full((64,), (index + 1) * points // 1000 - 1)
+        student = JumpNet(exact, lambda i: torch.full_like(i, -1.0), schedule)
+        lcm = method(num_ddim_timesteps=points)
+        loss = student_loss(lcm, gaussian_denoiser(schedule, student=student), 64, {"pair": number})
+        found.append(loss["consistency"].item())
+    assert orders(found) == pytest.approx([2] * 3, abs=0.35)
+    assert orders(found)[-1] == pytest.approx(2, abs=0.1)
 
 
 class Table(ConsistencyMap):

@@ -12,7 +12,20 @@ import pytest
 import torch
 from method_helpers import SD, batch_of, context, denoiser_of, f64, settle, spatial
 from straight_helpers import KINDS, LAW, Free, PairData, noise
-from trajectory_helpers import MU, factor, gaussian_denoiser, jumps, levels, mapped, product_map, student_loss
+from trajectory_helpers import (
+    FLOW,
+    MU,
+    JumpNet,
+    exact_map,
+    factor,
+    gaussian_denoiser,
+    jumps,
+    levels,
+    mapped,
+    orders,
+    product_map,
+    student_loss,
+)
 
 from fastdiff.diffusion import jump, teacher_times
 from fastdiff.engine import Settings, Trainer
@@ -116,6 +129,19 @@ def test_a_chain_of_stages_learns_the_product_of_the_finest_teachers_steps():
         previous = copy.deepcopy(student).requires_grad_(False)
     assert len(finest) == 129
     torch.testing.assert_close(jumps(denoiser, x, 991, -1), mapped(product_map(finest), x, 991, -1), rtol=0, atol=1e-9)
+
+
+@pytest.mark.parametrize("index", [399, 799, 999])
+def test_residual_of_the_exact_map_is_of_first_order_in_the_students_step(index):
+    """With squares, in the clean sample and on a flow; index 999 is fed plain noise."""
+    found = []
+    for steps in (5, 10, 20, 40):
+        number = torch.full((64,), steps - (index + 1) * steps // 1000)
+        student = JumpNet(exact_map(FLOW), lambda i, steps=steps: i - 1000 // steps, FLOW)
+        denoiser, one = gaussian_denoiser(FLOW, student=student), method(objective="mse", num_inference_steps=steps)
+        found.append(student_loss(one, denoiser, 64, {"step": number})["progressive"].item())
+    assert orders(found) == pytest.approx([1] * 3, abs=0.2)
+    assert orders(found)[-1] == pytest.approx(1, abs=0.05)
 
 
 def test_sampling_is_stock_trailing_ddim():

@@ -9,7 +9,19 @@ import pytest
 import torch
 from method_helpers import SD, LabelledGaussians, batch_of, context, denoiser_of, f64, settle, spatial
 from straight_helpers import FLOW, KINDS, LAW, Free, LinearNetwork, noise, pairs, stock_samples
-from trajectory_helpers import MU, data, gaussian_denoiser, jumps, levels, mapped, product_map, student_loss
+from trajectory_helpers import (
+    MU,
+    JumpNet,
+    data,
+    gaussian_denoiser,
+    jumps,
+    levels,
+    mapped,
+    orders,
+    product_map,
+    student_loss,
+)
+from trajectory_helpers import S as VARIANCE
 
 from fastdiff.diffusion import Gaussian, Prediction, Terminal, solve, teacher_times
 from fastdiff.engine import Settings, Trainer
@@ -103,6 +115,25 @@ def test_an_affine_student_per_time_learns_the_line_to_each_windows_edge():
         torch.testing.assert_close(jumps(denoiser, x, start, edge), expected, rtol=0, atol=1e-8)
         halfway = jumps(denoiser, x, start, middle)
         torch.testing.assert_close(jumps(denoiser, halfway, middle, edge), expected, rtol=0, atol=1e-8)
+
+
+def exact_line(x, t, edge):
+    """To the edge of a window of 200 indices along the chord of the ODE's own ends, of a flow."""
+    (at, _), (ae, se), (a_s, ss) = (levels(index, FLOW) for index in (t, edge, edge + 200))
+    slope = ((ae**2 * VARIANCE + se**2) / (a_s**2 * VARIANCE + ss**2)).sqrt()
+    return ae * MU + slope / (slope + (t - edge) / 200 * (1 - slope)) * (x - at * MU)
+
+
+@pytest.mark.parametrize("index", [199, 299, 399, 999])
+def test_residual_of_the_exact_lines_is_of_first_order_in_the_solvers_step(index):
+    student, found = JumpNet(exact_line, lambda i: torch.ceil((i + 1) / 200 - 1) * 200 - 1, FLOW, "flow"), []
+    for steps in (5, 10, 20, 40):
+        perflow = method(windows=5, num_inference_steps=5, solver_steps=steps)
+        draws = {"t": torch.full((64,), index)}
+        found.append(
+            student_loss(perflow, gaussian_denoiser(FLOW, "flow", student=student), 64, draws)["perflow"].item()
+        )
+    assert orders(found) == pytest.approx([1] * 3, abs=0.02)
 
 
 @pytest.mark.parametrize("case", KINDS)

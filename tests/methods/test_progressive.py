@@ -13,12 +13,14 @@ from trajectory_helpers import (
     KINDS,
     LAW,
     JumpNet,
+    exact_map,
     factor,
     gaussian_denoiser,
     images,
     jumps,
     levels,
     mapped,
+    orders,
     product_map,
     settings,
     student_loss,
@@ -97,6 +99,32 @@ def test_a_teacher_that_needs_one_step_already_is_copied():
     assert (
         student_loss(method(), gaussian_denoiser(student=ExactNetwork(LAW, SD, "epsilon")), 16)["progressive"] > 1e-6
     )
+
+
+# Order
+
+
+def residual(index: int, steps: int, teacher_steps: int) -> float:
+    """The loss of the ODE's own map at one step of the student's, on a flow."""
+    one = method(num_inference_steps=steps, teacher_steps=teacher_steps)
+    number = torch.full((64,), steps - (index + 1) * steps // 1000)
+    denoiser = gaussian_denoiser(FLOW, student=JumpNet(exact_map(FLOW), next_on(steps), FLOW))
+    return student_loss(one, denoiser, 64, {"step": number})["progressive"].item()
+
+
+@pytest.mark.parametrize("index", [399, 799])
+def test_residual_of_the_exact_map_is_of_first_order_in_the_students_step(index):
+    """Two teacher steps miss the end by the square of their length, which a clean sample is told over the length."""
+    found = [residual(index, steps, 2) for steps in (5, 10, 20, 40)]
+    assert orders(found) == pytest.approx([1] * 3, abs=0.2)
+    assert orders(found)[-1] == pytest.approx(1, abs=0.05)
+
+
+@pytest.mark.parametrize("index", [249, 499, 999])
+def test_residual_of_the_exact_map_is_of_first_order_in_the_teachers_step(index):
+    found = [residual(index, 4, teacher_steps) for teacher_steps in (2, 4, 8, 16, 32)]
+    assert orders(found) == pytest.approx([1] * 4, abs=0.05)
+    assert orders(found)[-1] == pytest.approx(1, abs=0.02)
 
 
 # Chain

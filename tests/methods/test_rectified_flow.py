@@ -6,6 +6,7 @@ import pytest
 import torch
 from method_helpers import SD, context, denoiser_of, f64, settle, spatial
 from straight_helpers import FLOW, KINDS, LAW, A, Free, PairData, StraightNetwork, noise, pairs, stock_samples
+from trajectory_helpers import orders
 
 from fastdiff.diffusion import (
     Prediction,
@@ -112,6 +113,26 @@ def test_pairs_of_an_inexact_teacher_have_its_own_matrix():
     method = RectifiedFlow(RectifiedFlowConfig())
     assert loss(method, StraightNetwork(mean, B), z, x0)["reflow"] < 1e-20
     assert loss(method, StraightNetwork(LAW.mean, A), z, x0)["reflow"] > 1e-3
+
+
+@pytest.mark.parametrize(("solver", "order"), [("ddim", 1), ("heun", 2)])
+@pytest.mark.parametrize("objective", ["reflow", "distill", "rfpp"])
+def test_residual_of_the_exact_straight_velocity_is_of_the_order_of_the_pairs_solver(objective, solver, order):
+    if objective == "rfpp":
+        method = RFPP(RFPPConfig(distance="l2", perceptual_weight=0.0))
+    else:
+        method = RectifiedFlow(RectifiedFlowConfig(objective=objective))
+    z, student, found = noise(ROWS), StraightNetwork(LAW.mean, A, FLOW, "flow"), []
+
+    def exact(x, t):
+        return Prediction.from_x0(LAW.denoise(x, t, FLOW), x, t, FLOW)
+
+    for steps in (5, 10, 20, 40):
+        x0 = solve(exact, z, teacher_times(FLOW, steps), solver)
+        (value,) = loss(method, student, z, x0, FLOW, "flow").values()
+        found.append(value.item())
+    assert orders(found) == pytest.approx([order] * 3, abs=0.25)
+    assert orders(found)[-1] == pytest.approx(order, abs=0.1)
 
 
 # Sampling
