@@ -205,3 +205,23 @@ def settle(loss: Callable[[], Tensor], weights: list[nn.Parameter], sweeps: int 
         with torch.no_grad():
             for weight, change in zip(weights, step.split(sizes), strict=True):
                 weight -= change.view_as(weight)
+
+
+def rest(loss: Callable[[], Tensor], weights: list[nn.Parameter]) -> None:
+    """Where descent ends on a loss whose targets move with the weights, its gradient being affine in them.
+
+    Raises:
+        AssertionError: if the gradient is not, or descent would run away from there even by the shortest steps.
+    """
+
+    def slope(at: Tensor) -> Tensor:
+        with torch.no_grad():
+            for weight, value in zip(weights, at.split([weight.numel() for weight in weights]), strict=True):
+                weight.copy_(value.view_as(weight))
+        return torch.cat([g.flatten() for g in torch.autograd.grad(loss(), weights)])
+
+    unit = torch.eye(sum(weight.numel() for weight in weights), dtype=torch.float64)
+    constant = slope(0 * unit[0])
+    change = torch.stack([slope(row) - constant for row in unit], dim=1)
+    assert torch.linalg.eigvals(change).real.min() > 0, "descent runs away"
+    assert slope(torch.linalg.solve(change, -constant)).norm() < 1e-3 * constant.norm(), "not affine"

@@ -79,13 +79,19 @@ def test_the_straight_velocity_of_a_flow_is_the_closed_form():
     torch.testing.assert_close(found, z - coupled(z), rtol=0, atol=1e-12)
 
 
-def test_an_affine_student_per_time_learns_the_straight_velocity():
+@pytest.mark.parametrize(
+    "method",
+    [RectifiedFlow(RectifiedFlowConfig()), RFPP(RFPPConfig(perceptual_weight=0.0, huber_c=10.0))],
+    ids=["rectified_flow", "rfpp"],
+)
+def test_an_affine_student_per_time_learns_the_straight_velocity(method):
     """v = -mu + (I - A) [(1 - t) A + t I]^-1 (x - (1 - t) mu) at each time that is trained."""
-    t = f64([0.1, 0.4, 0.7, 0.95])
+    draws = {"t": f64([0.1, 0.4, 0.7, 0.95]).repeat(10)}
+    t = method.drawn_times(context(denoiser_of(ExactNetwork(LAW, FLOW, "flow"), FLOW, "flow"), 40, draws))[:4]
     student, z = AffinePerBin(2, (1000 * t).tolist()).double(), noise(40)
     denoiser = denoiser_of(ExactNetwork(LAW, FLOW, "flow"), FLOW, "flow", student=student)
-    method, ctx = RectifiedFlow(RectifiedFlowConfig()), context(denoiser, 40, {"t": t.repeat(10)})
-    settle(lambda: method.student_loss(pairs(z, coupled(z)), ctx)["reflow"], denoiser.roles.parameters("student"))
+    ctx, weights = context(denoiser, 40, draws), denoiser.roles.parameters("student")
+    settle(lambda: method.student_loss(pairs(z, coupled(z)), ctx)["reflow"], weights, sweeps=5)
     eye, x = torch.eye(2).double(), noise(5, seed=3)
     network = denoiser.roles.network("student")
     for time in t:
