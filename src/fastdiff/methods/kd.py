@@ -8,11 +8,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from fastdiff.diffusion.grids import trailing_grid
 from fastdiff.diffusion.schedules import CLEAN_INDEX
 from fastdiff.methods._straight import Straight, StraightConfig
 from fastdiff.methods._trajectory import filled_indices, teacher_path
 from fastdiff.methods.base import Batch, Context, MethodInfo, Need, check_not_negative
-from fastdiff.models.sampler import SamplerSpec
 
 
 @dataclass(frozen=True)
@@ -82,5 +82,7 @@ class KD(Straight):
 
     def _times(self, like: Tensor) -> list[Tensor]:
         """The indices of the teacher's steps and the clean end, `(B,)` each."""
-        starts = SamplerSpec.trailing("ddim", self.config.online_steps).timesteps
+        starts = [
+            start for start, _ in trailing_grid(self.config.online_steps)
+        ]  # those of stored pairs, from 999 down
         return filled_indices((*starts, CLEAN_INDEX), like)
