@@ -12,6 +12,7 @@ from trajectory_helpers import (
     FLOW,
     KINDS,
     LAW,
+    PROCESSES,
     JumpNet,
     ToldAffine,
     data,
@@ -29,7 +30,7 @@ from trajectory_helpers import (
 
 from fastdiff.engine import Trainer
 from fastdiff.engine.networks import build_networks
-from fastdiff.methods import CTM, LCM, TCD, CTMConfig, LCMConfig
+from fastdiff.methods import CTM, LCM, PCM, TCD, CTMConfig, LCMConfig, PCMConfig
 from fastdiff.methods._trajectory import grid_points
 from fastdiff.models.analytic import ExactNetwork
 from fastdiff.models.analytic_networks import PointNet
@@ -103,8 +104,8 @@ def test_a_map_to_where_it_starts_is_its_input(schedule, kind):
 # Limits
 
 
-def loss_and_gradients(one, schedule, network, draws=None, **roles):
-    kind = KINDS[schedule]
+def loss_and_gradients(one, schedule, network, draws=None, kind=None, **roles):
+    kind = kind or KINDS[schedule]
     denoiser = denoiser_of(ExactNetwork(LAW, schedule, kind), schedule, kind, student=network, **roles)
     loss = student_loss(one, denoiser, 16, draws)["consistency"]
     grads = torch.autograd.grad(loss, list(network.parameters()), allow_unused=True)
@@ -118,12 +119,12 @@ def same(a, b) -> bool:
 class AlwaysToldClean(nn.Module):
     """A widened network as one that is not told: the clean end, always."""
 
-    def __init__(self, network: nn.Module) -> None:
+    def __init__(self, network: nn.Module, schedule=FLOW) -> None:
         super().__init__()
-        self.network = network
+        self.network, self.clean = network, float(schedule.network_time(schedule.t_clean))
 
     def forward(self, x_t, time, labels):
-        return self.network(x_t, time, labels, timestep_cond=time_features([torch.zeros_like(time)]))
+        return self.network(x_t, time, labels, timestep_cond=time_features([torch.full_like(time, self.clean)]))
 
 
 @pytest.mark.parametrize("loss_type", ["huber", "l2"])
@@ -134,6 +135,16 @@ def test_ends_at_the_clean_end_make_it_consistency_distillation(loss_type):
     lcm = loss_and_gradients(LCM(LCMConfig(**PLAIN | common)), FLOW, AlwaysToldClean(wide_network()), ends)
     assert same(ctm, lcm)
     assert not same(loss_and_gradients(method(**common), FLOW, wide_network()), lcm)
+
+
+@pytest.mark.parametrize(("schedule", "kind"), PROCESSES.values(), ids=PROCESSES)
+def test_ends_at_the_clean_end_make_it_one_phase(schedule, kind):
+    ends = {"end": torch.zeros(16)}
+    one = PCM(PCMConfig(**PLAIN, num_phases=1, adversarial_weight=0.0))
+    ctm = loss_and_gradients(method(), schedule, wide_network(), ends, kind)
+    pcm = loss_and_gradients(one, schedule, AlwaysToldClean(wide_network(), schedule), ends, kind)
+    assert same(ctm, pcm)
+    assert not same(loss_and_gradients(method(), schedule, wide_network(), None, kind), pcm)
 
 
 def test_to_compare_at_the_clean_end_changes_nothing_for_maps_that_end_there():

@@ -10,6 +10,7 @@ from trajectory_helpers import (
     FLOW,
     KINDS,
     LAW,
+    PROCESSES,
     JumpNet,
     data,
     every_pair,
@@ -163,8 +164,9 @@ def test_exact_phase_maps_compose_in_the_stock_scheduler_of_flows(steps):
 # Identities
 
 
-def gradients(method, schedule, network, draws=None) -> tuple[float, list[torch.Tensor]]:
-    denoiser = denoiser_of(ExactNetwork(LAW, schedule, KINDS[schedule]), schedule, KINDS[schedule], student=network)
+def gradients(method, schedule, network, draws=None, kind=None) -> tuple[float, list[torch.Tensor]]:
+    kind = kind or KINDS[schedule]
+    denoiser = denoiser_of(ExactNetwork(LAW, schedule, kind), schedule, kind, student=network)
     loss = student_loss(method, denoiser, 16, draws)["consistency"]
     return loss.item(), list(torch.autograd.grad(loss, list(network.parameters()), allow_unused=True))
 
@@ -185,6 +187,22 @@ def test_one_phase_on_a_flow_is_lcm_bit_for_bit(loss_type):
     one = gradients(PCM(PCMConfig(num_phases=1, adversarial_weight=0.0, **common)), FLOW, small_network())
     assert same(one, gradients(LCM(LCMConfig(**common)), FLOW, small_network()))
     assert not same(one, gradients(method(num_phases=2, loss_type=loss_type), FLOW, small_network()))
+
+
+@pytest.mark.parametrize(("schedule", "kind"), PROCESSES.values(), ids=PROCESSES)
+def test_one_phase_is_lcm_whose_boundary_is_far_below_the_grid(schedule, kind):
+    """Boundary weights of (0, 1) to rounding; a table's first pair is left out, which LCM ends at index 0."""
+    common = {"guidance_scale": 1.0, "num_ddim_timesteps": 40, "target_decay": 0.0}
+    one = PCM(PCMConfig(num_phases=1, adversarial_weight=0.0, **common))
+    far, near = (LCM(LCMConfig(timestep_scaling_factor=factor, **common)) for factor in (1e12, 0.1))
+
+    def found(method, first):
+        loss, grads = gradients(method, schedule, small_network(), {"pair": first + torch.arange(16) * 2}, kind)
+        return torch.cat([f64([loss]), *(g.flatten() for g in grads if g is not None)])
+
+    torch.testing.assert_close(found(one, 1), found(far, 1), rtol=1e-9, atol=1e-12)
+    for other, first in ((far, 0), (near, 1)):
+        assert torch.allclose(found(one, first), found(other, first)) is (schedule is FLOW)
 
 
 def test_one_phase_on_a_table_is_lcm_without_boundary_weights_to_the_clean_end():

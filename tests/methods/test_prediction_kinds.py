@@ -8,17 +8,21 @@ from method_helpers import SD, AffineGenerator, f64
 from trajectory_helpers import JumpNet, behind_boundary, gaussian_denoiser, product_map, student_loss
 
 from fastdiff.methods import (
+    APEX,
     CTM,
     LCM,
     PCM,
+    RCM,
     TCD,
     TCM,
     TSCD,
+    APEXConfig,
     CTMConfig,
     LCMConfig,
     PCMConfig,
     Progressive,
     ProgressiveConfig,
+    RCMConfig,
     SCott,
     SCottConfig,
     TCDConfig,
@@ -78,16 +82,24 @@ def test_the_loss_of_a_network_of_v_vanishes_at_the_optimum(name):
 
 
 class Affine(AffineGenerator):
-    """One affine clean prediction, whatever it is told."""
+    """One affine clean prediction, moved by what it is told."""
+
+    moved: torch.Tensor | float = 0.0
 
     def forward(self, x_t, time, labels, timestep_cond=None):
+        self.moved = 0.0 if timestep_cond is None else 0.1 * timestep_cond.double().mean(1, keepdim=True)
         return super().forward(x_t, time, labels)
+
+    def x0(self, x, time, labels):
+        return super().x0(x, time, labels) + self.moved
 
 
 METHODS = {name: method for name, (method, *_) in OPTIMA.items()} | {
     "scott": SCott(SCottConfig(**ALONE, sde_solver="er_sde")),
     "ctm": CTM(CTMConfig(**PLAIN, solver="heun", compare_at="clean", max_skip=2)),
     "tcm": TCM(TCMConfig()),
+    "apex": APEX(APEXConfig()),
+    "rcm": RCM(RCMConfig(guidance_scale=1.0, tangent_warmup=0)),
 }
 
 
@@ -96,7 +108,7 @@ def test_one_clean_prediction_has_one_loss_and_gradient_by_epsilon_and_by_v(name
     found = {}
     for kind in ("epsilon", "v_prediction"):
         student = Affine(f64([[0.8]]), f64([0.3]), SD, kind)
-        others = {role: Affine(f64([[0.7]]), f64([0.4]), SD, kind) for role in ("target", "first_stage")}
+        others = {role: Affine(f64([[0.7]]), f64([0.4]), SD, kind) for role in ("target", "first_stage", "fake_score")}
         denoiser = gaussian_denoiser(SD, kind, student=student, **others)
         loss = sum(student_loss(METHODS[name], denoiser, ROWS).values())
         found[kind] = torch.stack([loss, *(g.sum() for g in torch.autograd.grad(loss, [student.A, student.b]))])

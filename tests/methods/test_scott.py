@@ -15,6 +15,7 @@ from trajectory_helpers import (
     KINDS,
     LAW,
     MU,
+    PROCESSES,
     JumpNet,
     S,
     behind_boundary,
@@ -93,10 +94,10 @@ def grid(schedule) -> list[int]:
 # Limits
 
 
-def loss_and_gradients(one, schedule, draws=None):
+def loss_and_gradients(one, schedule, draws=None, kind=None):
     torch.manual_seed(0)
-    network = PointNet(1, 1).double()
-    denoiser = denoiser_of(ExactNetwork(LAW, schedule, KINDS[schedule]), schedule, KINDS[schedule], student=network)
+    network, kind = PointNet(1, 1).double(), kind or KINDS[schedule]
+    denoiser = denoiser_of(ExactNetwork(LAW, schedule, kind), schedule, kind, student=network)
     loss = student_loss(one, denoiser, 16, draws)["consistency"]
     return [loss.detach(), *torch.autograd.grad(loss, list(network.parameters()))]
 
@@ -105,13 +106,13 @@ def same(a, b) -> bool:
     return all(torch.allclose(x, y, rtol=1e-12, atol=1e-12) for x, y in zip(a, b, strict=True))
 
 
-@SCHEDULES
+@pytest.mark.parametrize(("schedule", "kind"), PROCESSES.values(), ids=PROCESSES)
 @pytest.mark.parametrize("solver", ["ddim", "er_sde"])
-def test_without_noise_one_sub_step_and_no_discriminator_it_is_lcm(schedule, solver):
+def test_without_noise_one_sub_step_and_no_discriminator_it_is_lcm(schedule, kind, solver):
     lcm = LCM(LCMConfig(guidance_scale=1.0, target_decay=0.0, loss_type="l2", num_ddim_timesteps=10))
-    expected = loss_and_gradients(lcm, schedule)
-    assert same(loss_and_gradients(method(noise_strength=0.0, sde_solver=solver), schedule), expected)
-    assert not same(loss_and_gradients(method(noise_strength=0.2, sde_solver=solver), schedule), expected)
+    expected = loss_and_gradients(lcm, schedule, kind=kind)
+    assert same(loss_and_gradients(method(noise_strength=0.0, sde_solver=solver), schedule, kind=kind), expected)
+    assert not same(loss_and_gradients(method(noise_strength=0.2, sde_solver=solver), schedule, kind=kind), expected)
 
 
 def test_full_noise_is_ancestral_sampling_in_either_solver():

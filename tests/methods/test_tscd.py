@@ -11,6 +11,7 @@ from trajectory_helpers import (
     FLOW,
     KINDS,
     LAW,
+    PROCESSES,
     JumpNet,
     data,
     every_pair,
@@ -26,7 +27,20 @@ from trajectory_helpers import (
 )
 
 from fastdiff.engine import Trainer
-from fastdiff.methods import DMD2, LCM, PCM, TCD, TSCD, DMD2Config, LCMConfig, PCMConfig, TCDConfig, TSCDConfig
+from fastdiff.methods import (
+    CTM,
+    DMD2,
+    LCM,
+    PCM,
+    TCD,
+    TSCD,
+    CTMConfig,
+    DMD2Config,
+    LCMConfig,
+    PCMConfig,
+    TCDConfig,
+    TSCDConfig,
+)
 from fastdiff.methods._trajectory import grid_points
 from fastdiff.models.analytic import ExactNetwork
 from fastdiff.models.analytic_networks import AffinePerBin, PointNet
@@ -42,10 +56,17 @@ def method(**config) -> TSCD:
     return TSCD(TSCDConfig(**PLAIN | {"adversarial_weight": 0.0} | config))
 
 
-def loss_and_gradients(one, schedule, draws=None):
+class NotListening(PointNet):
+    """Takes a told end, and does with it what a network does that is told none."""
+
+    def forward(self, x_t, time, labels, timestep_cond=None):
+        return super().forward(x_t, time, labels)
+
+
+def loss_and_gradients(one, schedule, draws=None, kind=None):
     torch.manual_seed(0)
-    network = PointNet(1, 1).double()
-    denoiser = denoiser_of(ExactNetwork(LAW, schedule, KINDS[schedule]), schedule, KINDS[schedule], student=network)
+    network, kind = NotListening(1, 1).double(), kind or KINDS[schedule]
+    denoiser = denoiser_of(ExactNetwork(LAW, schedule, kind), schedule, kind, student=network)
     loss = student_loss(one, denoiser, 16, draws)["consistency"]
     grads = torch.autograd.grad(loss, list(network.parameters()), allow_unused=True)
     return [loss.detach(), *(g for g in grads if g is not None)]
@@ -98,6 +119,13 @@ def test_ends_at_the_edge_make_it_pcm(schedule, segments):
 def test_one_segment_is_tcd(schedule):
     tcd = TCD(TCDConfig(**PLAIN))
     assert same(loss_and_gradients(method(num_segments=1), schedule), loss_and_gradients(tcd, schedule))
+
+
+@pytest.mark.parametrize(("schedule", "kind"), PROCESSES.values(), ids=PROCESSES)
+def test_one_segment_is_ctm_of_a_network_that_does_not_listen(schedule, kind):
+    ctm = loss_and_gradients(CTM(CTMConfig(**PLAIN)), schedule, None, kind)
+    assert same(loss_and_gradients(method(num_segments=1), schedule, None, kind), ctm)
+    assert not same(loss_and_gradients(method(num_segments=2), schedule, None, kind), ctm)
 
 
 def test_as_many_segments_as_points_regress_the_teachers_step_when_they_end_there():

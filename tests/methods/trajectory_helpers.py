@@ -21,6 +21,7 @@ MU, S = 1.3, 0.49
 LAW = Gaussian(f64([MU]), f64([[S]]))
 FLOW = FlowSchedule()
 KINDS = {SD: "epsilon", FLOW: "flow"}
+PROCESSES = {"epsilon": (SD, "epsilon"), "v_prediction": (SD, "v_prediction"), "flow": (FLOW, "flow")}
 
 Map = Callable[[Tensor, Tensor, Tensor], Tensor]
 
