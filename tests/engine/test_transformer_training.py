@@ -18,10 +18,14 @@ from fastdiff.methods import (
     BOOT,
     CTM,
     DMD2,
+    KD,
     LCM,
     PCM,
     RCM,
+    RFPP,
     SCM,
+    TCD,
+    TCM,
     TSCD,
     APEXConfig,
     BOOTConfig,
@@ -35,6 +39,7 @@ from fastdiff.methods import (
     FreeFlowConfig,
     GuidanceDistillation,
     GuidanceDistillationConfig,
+    KDConfig,
     LCMConfig,
     Lightning,
     LightningConfig,
@@ -43,12 +48,19 @@ from fastdiff.methods import (
     PCMConfig,
     PeRFlow,
     PeRFlowConfig,
+    Progressive,
+    ProgressiveConfig,
     RCMConfig,
     RectifiedFlow,
     RectifiedFlowConfig,
+    RFPPConfig,
     SCMConfig,
     SCott,
     SCottConfig,
+    SlimFlow,
+    SlimFlowConfig,
+    TCDConfig,
+    TCMConfig,
     TSCDConfig,
 )
 from fastdiff.methods.lightning import CRITIC
@@ -66,6 +78,12 @@ METHODS = {
     "rcm": lambda: RCM(RCMConfig(tangent_warmup=0, update_rule="every", student_update_every=1)),
     "perflow": lambda: PeRFlow(PeRFlowConfig(solver_steps=2)),
     "lightning": lambda: Lightning(LightningConfig()),
+    "kd": lambda: KD(KDConfig()),
+    "rfpp": lambda: RFPP(RFPPConfig(perceptual_weight=0.0)),
+    "slimflow": lambda: SlimFlow(SlimFlowConfig(objective="distill")),
+    "progressive": lambda: Progressive(ProgressiveConfig()),
+    "tcd": lambda: TCD(TCDConfig()),
+    "tcm": lambda: TCM(TCMConfig()),
 }
 TOLD = {
     "meanflow": lambda: MeanFlow(MeanFlowConfig(guidance_scale=2.0)),
@@ -78,6 +96,8 @@ TOLD = {
 }
 ONE_FAMILY = ("tscd", "scott", "scm", "rcm", "perflow", "lightning")
 """Methods whose step is tested quickly on one family only."""
+SD3_ALONE = ("kd", "rfpp", "slimflow", "progressive", "tcd", "tcm")
+"""Methods that ask a network nothing which the others do not."""
 NAMES = [builder.__name__ for builder in BUILDERS if builder.__name__ != "flux_schnell"]
 # In the last block of these the text stream ends: what only serves it has no gradient.
 UNUSED = {
@@ -134,6 +154,8 @@ def step(trainer: Trainer) -> dict[str, float]:
 def cases():
     for name in NAMES:
         for method in METHODS:
+            if method in SD3_ALONE and name != "stable_diffusion_3":
+                continue
             slow = method in ONE_FAMILY and name != "stable_diffusion_3"
             yield pytest.param(name, method, marks=[pytest.mark.slow] if slow else [])
 
