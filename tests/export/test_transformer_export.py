@@ -67,7 +67,6 @@ def test_a_lora_student_loads_back(name, tmp_path):
     assert ("sigmas" in student.call) == (name in ("stable_diffusion_3", "sana"))
     config = json.loads((student.folder / "scheduler" / "scheduler_config.json").read_text())
     assert not config.get("use_dynamic_shifting")
-    assert call_settings(student.folder, steps=2).get("sigmas") is None
 
 
 @pytest.mark.slow
@@ -87,6 +86,19 @@ def test_levels_that_are_passed_are_the_trained_ones(tmp_path):
     pipeline("b", height=32, width=32, output_type="latent", **student.call)
     assert pipeline.scheduler.sigmas.tolist() == pytest.approx([1, 0.9, 0.75, 0.5, 0], abs=1e-5)
     assert "sigmas=[1, 0.9, 0.75, 0.5]" in (student.folder / "README.md").read_text()
+
+
+def test_another_number_of_steps_is_evenly_spaced_and_shifted_as_the_trained_ones(tmp_path):
+    """The stock grid of two steps would be 1 and almost 0, where the second call is lost."""
+    _, student = exported("stable_diffusion_3", tmp_path)
+    pipeline = load_pipeline(student.folder, device="cpu")
+    call = call_settings(student.folder, steps=2)
+    pipeline("b", height=32, width=32, output_type="latent", **call)
+    assert pipeline.scheduler.sigmas.tolist() == pytest.approx([1, 0.75, 0], abs=1e-5)  # 1/2 under a shift of 3
+    assert call_settings(student.folder, steps=1)["sigmas"] == [1]
+    path = student.folder / "scheduler" / "scheduler_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"shift_terminal": 0.5}))
+    assert "sigmas" not in call_settings(student.folder, steps=2)  # that scheduler stretches whatever it is given
 
 
 @pytest.mark.slow

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 import torch
 from torch import Tensor
 
-from fastdiff.diffusion.schedules import CLEAN_INDEX, NoiseSchedule, Terminal, VPSchedule
+from fastdiff.diffusion.schedules import CLEAN_INDEX, FlowSchedule, NoiseSchedule, Terminal, VPSchedule
 from fastdiff.diffusion.steps import jump
 from fastdiff.diffusion.tensors import as_times, broadcast_to
 
@@ -166,6 +166,21 @@ class SamplerSpec:
         """What a user passes to the stock pipeline besides the prompt, guidance left out."""
         extra = {"eta": self.eta, "sigmas": list(self.sigmas)}
         return {"num_inference_steps": len(self)} | {name: value for name, value in extra.items() if value}
+
+    def levels_of(self, steps: int) -> list[float]:
+        """Levels on a flow for another number of steps: this sampler's grid, shifted as `sigmas` are if there are any.
+
+        Stock grids that pipelines leave to their scheduler end near clean data, where the last call is lost.
+        """
+        if self.kind == "lcm" and self.original_inference_steps:
+            other = self.lcm_grid(steps, self.original_inference_steps)
+        else:
+            other = self.trailing(self.kind, steps, int(self.timesteps[0]))
+        shift = 1.0
+        if self.sigmas and self.kind != "flow" and len(self) > 1:
+            u, level = (self.timesteps[-1] + 1) / FLOW_UNITS, self.sigmas[-1]
+            shift = level * (1 - u) / (u * (1 - level))
+        return other.schedule_times(FlowSchedule(shift))
 
     def storable(
         self, teacher_scheduler_config: Mapping[str, Any], schedule: NoiseSchedule, gives_levels: bool = False

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from fastdiff.diffusion.schedules import is_flow
 from fastdiff.export.experts import EXPERTS_FILE, load_experts
 from fastdiff.export.lora import DIFFUSERS_FILE
 from fastdiff.export.student import RECORD_FILE, read_record
@@ -46,6 +47,16 @@ class Student:
         """Arguments of the pipeline's call: the trained number of steps and the guidance the student wants."""
         return self.sampler.call_arguments() | {"guidance_scale": self.sampler.guidance_scale}
 
+    def levels_of(self, steps: int) -> dict[str, list[float]]:
+        """The `sigmas` to pass for another number of steps than the trained one; nothing where the scheduler has them."""
+        path = self.folder / "scheduler" / "scheduler_config.json"
+        config = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+        if not is_flow(config) or config.get(
+            "shift_terminal"
+        ):  # which stretches any levels to end at the trained last
+            return {}
+        return {"sigmas": self.sampler.levels_of(steps)}
+
     def pipeline(self, dtype: torch.dtype = torch.float32, device: torch.device | str | None = None) -> Any:
         """A stock diffusers pipeline with the trained scheduler; a folder of LoRA files goes on its teacher."""
         return load_pipeline(self.folder, dtype, device)
@@ -68,8 +79,6 @@ def call_settings(folder: str | Path, steps: int | None = None, guidance_scale: 
     call = student.call if student else {"guidance_scale": 0.0}
     given = {"num_inference_steps": steps, "guidance_scale": guidance_scale}
     call |= {name: value for name, value in given.items() if value is not None}
-    if steps is not None and len(call.get("sigmas", ())) != steps:
-        call.pop("sigmas", None)  # trained levels; another number of steps has others
     if call.get("num_inference_steps", 0) < 1:
         found = f"got {steps}" if steps is not None else f"and {folder} is no student that knows it"
         raise RecipeError(f"--num_inference_steps must be at least 1, {found}")
@@ -78,6 +87,9 @@ def call_settings(folder: str | Path, steps: int | None = None, guidance_scale: 
             f"{folder} was told where each of its {len(student.sampler)} steps ends, and that is part of its weights now: "
             f"leave --num_inference_steps out, or export the run again for {steps} steps (`fastdiff export --help`)"
         )
+    if student and call["num_inference_steps"] != len(student.sampler):
+        call.pop("sigmas", None)
+        call |= student.levels_of(call["num_inference_steps"])
     return call
 
 
