@@ -6,8 +6,9 @@ from torch import nn
 
 from fastdiff.data import PromptData
 from fastdiff.engine import Settings, Trainer
-from fastdiff.methods import DMD2, LCM, DMD2Config, LCMConfig
+from fastdiff.methods import DMD2, KD, LCM, DMD2Config, KDConfig, LCMConfig
 from fastdiff.models.families.stable_diffusion import UNET_LORA_TARGETS
+from fastdiff.models.scorers import open_scorer
 from fastdiff.models.teacher import Teacher
 from fastdiff.planning.blueprint import blueprint_of
 from fastdiff.planning.teacher import PlannedTeacher
@@ -118,6 +119,17 @@ def test_transformers_can_be_planned(name, parameters, positions):
     split = walked.phases["student"]
     assert split[FROZEN] == 2 * (parameters + positions)  # position tables are buffers
     assert split[TRAINED] > 0 and split[ACTIVATIONS] > 0
+
+
+@pytest.mark.slow
+def test_a_perceptual_distance_costs_its_scorer_and_a_decoder_at_work(tiny_sd_folder):
+    blueprint = blueprint_of(str(tiny_sd_folder))
+    plain, judged = (
+        walk(KD(KDConfig(perceptual_weight=weight)), blueprint, settings()).phases["student"] for weight in (0, 1)
+    )
+    scorer = 4 * sum(p.numel() for p in open_scorer("loss_tower").tower.model.parameters())
+    assert judged[FROZEN] - plain[FROZEN] == scorer
+    assert judged[ACTIVATIONS] > plain[ACTIVATIONS]
 
 
 def test_states_are_what_arithmetic_says(tiny_sd, tiny_sd_folder):

@@ -24,6 +24,7 @@ from fastdiff.methods import Batch, Method, Update
 from fastdiff.models import roles
 from fastdiff.models.quantizing import linears_in_blocks
 from fastdiff.models.roles import TEACHER
+from fastdiff.models.scorers import Scorer, TowerScorer, open_scorer
 from fastdiff.planning.blueprint import Blueprint
 from fastdiff.planning.teacher import PlannedTeacher
 from fastdiff.planning.tracker import ACTIVATIONS, MemoryTracker
@@ -95,10 +96,11 @@ def walk(
 
     Phases are the updates of the method by name, and between steps `prompts` (text encoders at work), `sample` (a
     network call of a validation), `decode` (one image) and, unless `cached`, `encode` (images to latents). A decoder
-    that an update needs stays on the device even if `offloaded`; it is not counted then.
+    that an update needs stays on the device even if `offloaded`; it is not counted then. A scorer is opened in earnest.
     Kernels' own workspaces and the allocator's fragmentation are not in it.
     """
     schedule = schedule_from_config(dict(blueprint.scheduler))
+    scorer = open_scorer(settings.scorer) if method.needs_scorer() else None  # files cannot be read as fake tensors
     with (
         tempfile.TemporaryDirectory() as folder,
         FakeTensorMode(allow_non_fake_inputs=True),
@@ -113,8 +115,11 @@ def walk(
             block_weights = sum(
                 getattr(owner, name).weight.numel() for owner, name in linears_in_blocks(teacher.network)
             )
-            trainer = Trainer(method, teacher, PromptData(["a prompt"]), settings, accelerator=PlannedProcess())
+            trainer = Trainer(
+                method, teacher, PromptData(["a prompt"]), settings, scorer=scorer, accelerator=PlannedProcess()
+            )
             _mark_weights(tracker, trainer, teacher)
+            tracker.mark(FROZEN, _weights_of(scorer))
             moved: list[int] = []
             gathered = _count_gathered(trainer)
             for step in _steps(method):
@@ -278,6 +283,13 @@ def _mark_weights(tracker: MemoryTracker, trainer: Trainer, teacher: PlannedTeac
         tracker.mark_gradients(GRADIENTS, optimizer.parameters)
         optimizer.make_state()
     tracker.mark(OPTIMIZER, _optimizer_tensors(trainer))
+
+
+def _weights_of(scorer: Scorer | None) -> Iterable[Tensor]:
+    """What a scorer keeps in memory."""
+    if scorer is None:
+        return ()
+    return (scorer.tower.model if isinstance(scorer, TowerScorer) else scorer.network).parameters()
 
 
 def _optimizer_tensors(trainer: Trainer) -> Iterator[Tensor]:
