@@ -20,7 +20,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[1]
 
 
-def row_of(method: str, world: Any, seed: int, runs: Path, longer: int) -> dict[str, Any]:
+def row_of(method: str, world: Any, seed: int, runs: Path, longer: int = 1) -> dict[str, Any]:
     """Trains and judges."""
     from closed_forms.figures import figures, floor, score, undistilled
     from closed_forms.plans import plan

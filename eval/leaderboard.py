@@ -116,7 +116,7 @@ def entries_of(folders: list[Path], table: str, recipe: Path, seed: int, command
         if (recipe.stem, seed, steps) in done:
             continue
         sampled = at_steps(student, steps)
-        pipeline = mixture.pipeline(0) if mixture else sampled.pipeline()
+        pipeline = mixture.pipeline(0) if mixture else sampled.pipeline(num_inference_steps=steps)
         call = call_settings(sampled.folder, steps)
         guidance = call.pop("guidance_scale")
         call.pop("num_inference_steps")

@@ -42,7 +42,7 @@ class FakeStudent:
         )()
         self.name, self.folder = folder.parent.name, folder
 
-    def pipeline(self):
+    def pipeline(self, num_inference_steps):
         return self.name
 
 
@@ -107,7 +107,9 @@ def test_an_earlier_stage_costs_what_led_to_it(command, sampled, tmp_path):
 def test_weights_that_hold_their_own_steps_are_exported_for_others(command, sampled, tmp_path, monkeypatch):
     def export_checkpoint(run, output, num_inference_steps):
         assert output == run / f"student-{num_inference_steps}-steps"
-        return SimpleNamespace(folder=output, pipeline=lambda: f"{run.name} exported for {num_inference_steps}")
+        return SimpleNamespace(
+            folder=output, pipeline=lambda num_inference_steps: f"{run.name} exported for {num_inference_steps}"
+        )
 
     monkeypatch.setattr(FakeStudent, "own", True)
     monkeypatch.setattr("fastdiff.recipes.reexport.export_checkpoint", export_checkpoint)

@@ -96,9 +96,13 @@ def test_another_number_of_steps_is_evenly_spaced_and_shifted_as_the_trained_one
     pipeline("b", height=32, width=32, output_type="latent", **call)
     assert pipeline.scheduler.sigmas.tolist() == pytest.approx([1, 0.75, 0], abs=1e-5)  # 1/2 under a shift of 3
     assert call_settings(student.folder, steps=1)["sigmas"] == [1]
+    # A scheduler that stretches levels to the last trained one has no single step, and must not stretch others.
     path = student.folder / "scheduler" / "scheduler_config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"shift_terminal": 0.5}))
-    assert "sigmas" not in call_settings(student.folder, steps=2)  # that scheduler stretches whatever it is given
+    for steps, levels in ((1, [1, 0]), (2, [1, 0.75, 0])):
+        pipeline = load_pipeline(student.folder, device="cpu", num_inference_steps=steps)
+        pipeline("b", height=32, width=32, output_type="latent", **call_settings(student.folder, steps=steps))
+        assert pipeline.scheduler.sigmas.tolist() == pytest.approx(levels, abs=1e-5)
 
 
 @pytest.mark.slow

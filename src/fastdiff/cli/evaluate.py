@@ -33,7 +33,7 @@ def main(arguments: list[str]) -> int:
     from fastdiff.evaluation import evaluate, format_table, grid_images, open_protocol, write_report
 
     bench = open_protocol(flags.protocol, **{name: getattr(flags, name) for name in FILES})
-    pipeline = load_pipeline(flags.folder)
+    pipeline = load_pipeline(flags.folder, num_inference_steps=steps)
     row = evaluate(
         pipeline,
         bench,

@@ -33,7 +33,8 @@ def main(arguments: list[str]) -> int:
 
     seeds = [flags.seed + index for index in range(len(flags.prompt))]
     steps, guidance = settings.pop("num_inference_steps"), settings.pop("guidance_scale")
-    images = generate(load_pipeline(flags.folder), flags.prompt, seeds, steps, guidance, extra=settings).images
+    pipeline = load_pipeline(flags.folder, num_inference_steps=steps)
+    images = generate(pipeline, flags.prompt, seeds, steps, guidance, extra=settings).images
     for prompt, seed, image in zip(flags.prompt, seeds, images):
         name = f"{re.sub(r'[^a-z0-9]+', '-', prompt.lower()).strip('-')[:60] or 'image'}-{seed}.png"
         path = flags.output if flags.output.suffix == ".png" else flags.output / name

@@ -48,18 +48,22 @@ class Student:
         return self.sampler.call_arguments() | {"guidance_scale": self.sampler.guidance_scale}
 
     def levels_of(self, steps: int) -> dict[str, list[float]]:
-        """The `sigmas` to pass for another number of steps than the trained one; nothing where the scheduler has them."""
+        """The `sigmas` to pass for another number of steps than the trained one; nothing where the scheduler has them.
+
+        The scheduler must be that of `pipeline(num_inference_steps=steps)`.
+        """
         path = self.folder / "scheduler" / "scheduler_config.json"
         config = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-        if not is_flow(config) or config.get(
-            "shift_terminal"
-        ):  # which stretches any levels to end at the trained last
-            return {}
-        return {"sigmas": self.sampler.levels_of(steps)}
+        return {"sigmas": self.sampler.levels_of(steps)} if is_flow(config) else {}
 
-    def pipeline(self, dtype: torch.dtype = torch.float32, device: torch.device | str | None = None) -> Any:
-        """A stock diffusers pipeline with the trained scheduler; a folder of LoRA files goes on its teacher."""
-        return load_pipeline(self.folder, dtype, device)
+    def pipeline(
+        self,
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | str | None = None,
+        num_inference_steps: int | None = None,
+    ) -> Any:
+        """A stock diffusers pipeline with the trained scheduler; see `load_pipeline`."""
+        return load_pipeline(self.folder, dtype, device, num_inference_steps)
 
 
 def call_settings(folder: str | Path, steps: int | None = None, guidance_scale: float | None = None) -> dict[str, Any]:
@@ -94,7 +98,10 @@ def call_settings(folder: str | Path, steps: int | None = None, guidance_scale: 
 
 
 def load_pipeline(
-    folder: str | Path, dtype: torch.dtype = torch.float32, device: torch.device | str | None = None
+    folder: str | Path,
+    dtype: torch.dtype = torch.float32,
+    device: torch.device | str | None = None,
+    num_inference_steps: int | None = None,
 ) -> Any:
     """A pipeline from any pipeline folder, or from a folder of LoRA files and the teacher its `fastdiff.json` names.
 
@@ -102,6 +109,7 @@ def load_pipeline(
         folder: what `save_pretrained` or fastdiff wrote.
         dtype: of all weights.
         device: the GPU where there is one, if not given.
+        num_inference_steps: steps it is going to make, if not those the student was trained for; see `call_settings`.
 
     Raises:
         FileNotFoundError: if the folder is neither.
@@ -121,8 +129,18 @@ def load_pipeline(
             f"{folder} holds neither model_index.json nor {DIFFUSERS_FILE}: give a pipeline folder or a student folder"
         )
     family_of(type(pipeline).__name__).prepare(pipeline)
+    if num_inference_steps is not None:
+        _unstretch(pipeline, folder, num_inference_steps)
     pipeline.set_progress_bar_config(disable=True)
     return pipeline.to(device)
+
+
+def _unstretch(pipeline: Any, folder: Path, steps: int) -> None:
+    """Some schedulers of flow students stretch any levels to end at the last trained one; of other numbers it is not."""
+    config = pipeline.scheduler.config
+    student = Student(folder) if (folder / RECORD_FILE).is_file() else None
+    if student and steps != len(student.sampler) and config.get("shift_terminal"):
+        pipeline.scheduler = type(pipeline.scheduler).from_config(config, shift_terminal=None)
 
 
 def _on_teacher(folder: Path, dtype: torch.dtype) -> Any:
