@@ -131,16 +131,17 @@ def page() -> str:
     closed = read_rows(ROOT / "eval" / "results" / "analytic.json")
     text += [BOARD + markdown(board), TUNING, REASONS + _reasons()] if board else []
     text += [PICTURES] if (PAGE.parent / "images" / "methods.png").is_file() else []
-    text += [CLOSED_FORMS + table(closed), LONGER + _longer(closed)] if closed else []
+    longer = read_rows(ROOT / "eval" / "results" / "analytic_longer.json")
+    text += [CLOSED_FORMS + table(closed)] if closed else []
+    text += [LONGER + _longer(closed, longer)] if longer else []
     costs = ROOT / "eval" / "bench" / "methods.json"
     text += [COSTS + _costs(json.loads(costs.read_text("utf-8")))] if costs.is_file() else []
     return "\n".join(text) + "\n"
 
 
-def _longer(closed: list[dict]) -> str:
+def _longer(closed: list[dict], longer: list[dict]) -> str:
     short = {key(row): row for row in closed}
-    rows = read_rows(ROOT / "eval" / "results" / "analytic_longer.json")
-    return "\n".join(f"| `{row['method']}` | {short[key(row)]['score']:.2f} | {row['score']:.2f} |" for row in rows)
+    return "\n".join(f"| `{row['method']}` | {short[key(row)]['score']:.2f} | {row['score']:.2f} |" for row in longer)
 
 
 def _costs(rows: dict[str, dict]) -> str:
