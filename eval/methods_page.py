@@ -9,7 +9,7 @@ import json
 from pathlib import Path
 from statistics import fmean
 
-from analytic import key, read_rows, table
+from analytic import read_rows, table
 
 from fastdiff.data.files import write_aside
 from fastdiff.evaluation.leaderboard import Entry, markdown, read_entries
@@ -73,15 +73,8 @@ latents of 512 numbers. The figure is the excess over exact draws as a share of 
 network calls: 0 is exact, 1 is no better than not distilling. Made by `eval/analytic.py`. Runs are short, on the 375 modes 80
 updates of 128 samples for scores and 120 for trajectories, times what a plan gives, and the figure there is the shares
 of modes alone: many are no better than the exact teacher's own few steps, which a student of several steps is compared
-with. What became of the worst when trained longer is below.
+with. Longer runs were not tried (`--longer` makes them).
 
-"""
-LONGER = """
-Ten times as long on the 375 modes, one seed (`python eval/analytic.py --worlds kernel --seeds 0 --longer 10 --output
-eval/results/analytic_longer.json --methods ...`), with rates as before:
-
-| method | short | ten times as long |
-|---|---|---|
 """
 COSTS = """
 ## Cost of a step
@@ -131,17 +124,10 @@ def page() -> str:
     closed = read_rows(ROOT / "eval" / "results" / "analytic.json")
     text += [BOARD + markdown(board), TUNING, REASONS + _reasons()] if board else []
     text += [PICTURES] if (PAGE.parent / "images" / "methods.png").is_file() else []
-    longer = read_rows(ROOT / "eval" / "results" / "analytic_longer.json")
     text += [CLOSED_FORMS + table(closed)] if closed else []
-    text += [LONGER + _longer(closed, longer)] if longer else []
     costs = ROOT / "eval" / "bench" / "methods.json"
     text += [COSTS + _costs(json.loads(costs.read_text("utf-8")))] if costs.is_file() else []
     return "\n".join(text) + "\n"
-
-
-def _longer(closed: list[dict], longer: list[dict]) -> str:
-    short = {key(row): row for row in closed}
-    return "\n".join(f"| `{row['method']}` | {short[key(row)]['score']:.2f} | {row['score']:.2f} |" for row in longer)
 
 
 def _costs(rows: dict[str, dict]) -> str:
