@@ -88,7 +88,8 @@ def global_minimum(value: Tensor) -> Tensor:
 
 
 class Vote:
-    """Asks at every step whether any process wants to stop, and tells it a step later, so that no host waits.
+    """Asks at every step whether any process wants to stop, and tells it a step later, so that no device waits
+    for its host: that of a step is read when the next one is queued.
 
     Alone, a process is told at once.
     """
@@ -117,7 +118,7 @@ class Vote:
         if self._wishes is None:
             return False
         if self._arrived is not None:
-            self._arrived.synchronize()  # of the step before this one, which the device has long done
+            self._arrived.synchronize()  # the end of the step before; the device has this one still to do
         return self._wishes.item() > 0
 
 

@@ -82,7 +82,6 @@ class KD(Straight):
 
     def _times(self, like: Tensor) -> list[Tensor]:
         """The indices of the teacher's steps and the clean end, `(B,)` each."""
-        starts = [
-            start for start, _ in trailing_grid(self.config.online_steps)
-        ]  # those of stored pairs, from 999 down
+        # The grid of stored pairs: it begins at 999 also where the steps do not divide 1000.
+        starts = [start for start, _ in trailing_grid(self.config.online_steps)]
         return filled_indices((*starts, CLEAN_INDEX), like)
